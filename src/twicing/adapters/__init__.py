@@ -1,0 +1,1 @@
+"""Put a mechanism into a host's model, and take it out again."""

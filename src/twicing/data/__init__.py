@@ -1,0 +1,1 @@
+"""Readers: pixel space, no normalisation."""

@@ -1,0 +1,1 @@
+"""Fair comparisons: seeds, intervals, controls, and the report."""

@@ -1,0 +1,1 @@
+"""Pure functions on tensors: the formula, and the ways to compute it."""

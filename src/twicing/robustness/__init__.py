@@ -1,0 +1,1 @@
+"""Threat models and attacks: tensors in, tensors out."""

@@ -1,0 +1,1 @@
+"""Recipes and their tasks; Lightning does the loop."""

@@ -1,0 +1,27 @@
+"""What every test gets: one thread, deterministic algorithms, and memory of torch.empty that is filled with NaN."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REAL_DATA = Path(os.environ.get("TWICING_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(autouse=True)
+def _strict_torch():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    # Deterministic mode also fills uninitialised memory with NaN, so that a kernel that reads it is caught.
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def real_data():
+    """The folder of real data sets that continuous integration has; never needed by a user."""
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"needs the real data sets, looked for in {REAL_DATA} (set TWICING_TEST_DATA to their folder)")
+    return REAL_DATA
