@@ -1,0 +1,26 @@
+"""What one needs to trust an implementation: inputs, the fp64 truth, budgets of error, wrong formulas, soundness."""
+
+from twicing.testing.budget import (
+    WRONG_FORMULAS,
+    Formula,
+    error_budget,
+    make_inputs,
+    measured_errors,
+    relative_rms,
+    truth,
+)
+from twicing.testing.checks import CHECKS
+from twicing.testing.soundness import MechanismError, check_mechanism
+
+__all__ = [
+    "CHECKS",
+    "WRONG_FORMULAS",
+    "Formula",
+    "MechanismError",
+    "check_mechanism",
+    "error_budget",
+    "make_inputs",
+    "measured_errors",
+    "relative_rms",
+    "truth",
+]
