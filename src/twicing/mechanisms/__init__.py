@@ -1,1 +1,8 @@
-"""Published mechanisms, one file each."""
+"""Published mechanisms, one file each; importing this package registers them."""
+
+from twicing.mechanisms.base import Mechanism
+from twicing.mechanisms.registry import find_mechanism, known_mechanisms, register
+from twicing.mechanisms.standard import Standard
+from twicing.mechanisms.twicing import Twicing
+
+__all__ = ["Mechanism", "Standard", "Twicing", "find_mechanism", "known_mechanisms", "register"]
