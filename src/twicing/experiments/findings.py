@@ -1,0 +1,261 @@
+"""What a run folder holds, and every arm against standard on the same seeds: the numbers of a report."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from twicing.experiments.results import (
+    BASELINE,
+    Conditions,
+    Correctness,
+    Record,
+    read_predictions,
+    read_records,
+    threat_key,
+    value_by_seed,
+)
+from twicing.experiments.statistics import (
+    PairedDifference,
+    bootstrap_over_images,
+    check_primaries,
+    conclusion,
+    holm,
+    paired_difference,
+    verdict,
+)
+
+NOISE_FLOOR = "standard (other seeds)"
+STEP_TIME = "training time [s per step]"
+
+
+@dataclass(frozen=True)
+class ReportedArm:
+    """One side of the comparison as config.json tells it; control: outside the family that Holm corrects."""
+
+    label: str
+    mechanism: str
+    layers: str
+    meaning: str
+    options: Mapping[str, Any]
+    control: bool
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is compared. better: "higher", "lower" or "neither"."""
+
+    name: str
+    metric: str
+    conditions: Conditions
+    better: str
+
+    @property
+    def title(self) -> str:
+        """The name with a capital, for the start of a line."""
+        return _capital(self.name)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm on one measure; difference, bootstrap and corrected are against the baseline and None for itself."""
+
+    measure: Measure
+    arm: ReportedArm
+    values: Mapping[int, float]
+    mean: float | None
+    sd: float | None
+    difference: PairedDifference | None
+    bootstrap: tuple[float, float] | None
+    corrected: float | None
+    conclusion: str
+    verdict: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds per training step. ratio: geometric mean of arm / standard over seeds; low, high: its 95 % interval."""
+
+    arm: ReportedArm
+    mean: float
+    sd: float | None
+    ratio: float | None
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the files of a run folder hold. predictions: (arm, seed) -> which images were right."""
+
+    config: Mapping[str, Any]
+    records: Sequence[Record]
+    predictions: Mapping[tuple[str, int], Correctness]
+
+    @property
+    def title(self) -> str:
+        """What was run."""
+        return _capital(str(self.config.get("title") or self.config.get("name") or "a comparison"))
+
+    @property
+    def limits(self) -> str:
+        """What it cannot tell."""
+        return _capital(str(self.config.get("limits") or "the configuration does not say what this run cannot tell"))
+
+    @property
+    def arms(self) -> list[ReportedArm]:
+        """The arms that have records, standard first, then in the order of the config."""
+        present = {record.arm: record for record in self.records}
+        listed = {str(entry["label"]): entry for entry in self.config.get("arms", [])}
+        order = [BASELINE, *listed, *present]
+        return [
+            _arm(label, listed.get(label, {}), present[label]) for label in dict.fromkeys(order) if label in present
+        ]
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds that the config asked for."""
+        return [int(seed) for seed in self.config.get("seeds", sorted({record.seed for record in self.records}))]
+
+    @property
+    def primaries(self) -> list[Measure]:
+        """The measures that were declared before the run."""
+        return [
+            Measure(str(one["name"]), str(one["metric"]), dict(one["conditions"]), str(one.get("better", "neither")))
+            for one in self.config.get("primary", [])
+        ]
+
+
+def read_run(folder: Path) -> Run:
+    """Read config.json, results.jsonl and, where it is there, predictions.npz."""
+    for name in ("config.json", "results.jsonl"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"expected a run folder with {name}, found none in {folder}. `twicing compare` writes it."
+            )
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{folder / 'config.json'} is broken ({error}). Make the run anew in another folder."
+        ) from error
+    predictions = folder / "predictions.npz"
+    answers = read_predictions(predictions) if predictions.is_file() else {}
+    return Run(config, read_records(folder / "results.jsonl"), answers)
+
+
+def primary_rows(run: Run) -> list[Row]:
+    """Every arm on every primary metric; Holm's correction over mechanisms x primaries, controls outside of it."""
+    check_primaries(run.config.get("primary", []))
+    rows = [_row(run, measure, arm) for measure in run.primaries for arm in run.arms]
+    rows = [replace(row, bootstrap=_bootstrap(run, row)) for row in rows]
+    family = [place for place, row in enumerate(rows) if not row.arm.control and row.arm.label != BASELINE]
+    # An arm that was planned and has no records is part of the family that was declared.
+    planned = {str(entry["label"]) for entry in run.config.get("arms", []) if not entry.get("control", False)}
+    absent = len(planned - {arm.label for arm in run.arms} - {BASELINE}) * len(run.primaries)
+    p_values = [_p(rows[place].difference) for place in family] + [None] * absent
+    corrected = dict(zip(family, holm(p_values), strict=False))
+    return [
+        _with_verdict(row, corrected.get(place), len(p_values) if place in corrected else 0)
+        for place, row in enumerate(rows)
+    ]
+
+
+def exploratory_measures(run: Run) -> list[Measure]:
+    """Everything that was measured after training and is not primary, in the order of the records."""
+    primaries = [(measure.metric, dict(measure.conditions)) for measure in run.primaries]
+    seen: dict[str, Measure] = {}
+    for record in run.records:
+        if "epoch" in record.conditions or (record.metric, record.conditions) in primaries:
+            continue
+        name = ", ".join([record.metric, *(f"{key} {value}" for key, value in record.conditions.items())])
+        better = "higher" if record.metric.startswith("accuracy") else "neither"
+        better = "lower" if record.metric == STEP_TIME else better
+        seen.setdefault(name, Measure(name, record.metric, record.conditions, better))
+    return list(seen.values())
+
+
+def exploratory_rows(run: Run, measures: Sequence[Measure]) -> list[Row]:
+    """Every arm but standard on these measures, exploratory and uncorrected."""
+    rows = [_row(run, measure, arm) for measure in measures for arm in run.arms if arm.label != BASELINE]
+    return [_with_verdict(row, None, 0) for row in rows if row.values]
+
+
+def costs(run: Run) -> list[Cost]:
+    """Seconds per training step of every arm, and its ratio to standard on the same seed."""
+    baseline = value_by_seed(run.records, STEP_TIME, BASELINE, {})
+    found = []
+    for arm in run.arms:
+        values = value_by_seed(run.records, STEP_TIME, arm.label, {})
+        if not values:
+            continue
+        mean, sd = mean_and_sd(values)
+        logs = None if arm.label == BASELINE else paired_difference(_logs(baseline), _logs(values))
+        ends = (None, None, None) if logs is None else (logs.mean, logs.low, logs.high)
+        ratio, low, high = (None if end is None else math.exp(end) for end in ends)
+        found.append(Cost(arm, mean, sd, ratio, low, high))
+    return found
+
+
+def mean_and_sd(values: Mapping[int, float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (None for one seed) over seeds."""
+    numbers = np.array(list(values.values()))
+    return float(numbers.mean()), float(numbers.std(ddof=1)) if len(numbers) > 1 else None
+
+
+def _arm(label: str, entry: Mapping[str, Any], record: Record) -> ReportedArm:
+    return ReportedArm(
+        label,
+        mechanism=str(entry.get("mechanism", record.mechanism)),
+        layers=str(entry.get("layers", record.layers)),
+        meaning=str(entry.get("meaning", "")),
+        options=dict(entry.get("options") or {}),
+        control=bool(entry.get("control", label == NOISE_FLOOR)),
+    )
+
+
+def _row(run: Run, measure: Measure, arm: ReportedArm) -> Row:
+    values = value_by_seed(run.records, measure.metric, arm.label, measure.conditions)
+    mean, sd = mean_and_sd(values) if values else (None, None)
+    if arm.label == BASELINE:
+        return Row(measure, arm, values, mean, sd, None, None, None, "", "")
+    baseline = value_by_seed(run.records, measure.metric, BASELINE, measure.conditions)
+    difference = paired_difference(baseline, values)
+    return Row(measure, arm, values, mean, sd, difference, None, None, "", "")
+
+
+def _bootstrap(run: Run, row: Row) -> tuple[float, float] | None:
+    threat = row.measure.conditions
+    if row.arm.label == BASELINE or "threat" not in threat or not row.measure.metric.startswith("accuracy"):
+        return None
+    standard, other = (
+        [one for one in run.predictions.values() if one.arm == label] for label in (BASELINE, row.arm.label)
+    )
+    # Seeded here, so that the same run folder gives the same report.
+    generator = np.random.default_rng(0)
+    return bootstrap_over_images(standard, other, threat_key(threat), generator=generator)
+
+
+def _with_verdict(row: Row, corrected: float | None, family: int) -> Row:
+    if row.arm.label == BASELINE:
+        return row
+    better = row.measure.better
+    short = conclusion(row.difference, corrected=corrected, family=family, better=better)
+    long = verdict(row.difference, corrected=corrected, family=family, better=better)
+    return replace(row, corrected=corrected, conclusion=short, verdict=long)
+
+
+def _capital(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}"
+
+
+def _p(difference: PairedDifference | None) -> float | None:
+    return None if difference is None else difference.p
+
+
+def _logs(values: Mapping[int, float]) -> dict[int, float]:
+    return {seed: math.log(value) for seed, value in values.items() if value > 0}

@@ -1,0 +1,146 @@
+"""A made-up but realistic run folder. None of its numbers was measured; they exist to see whether a report is right."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from twicing.experiments.results import Correctness, Record, threat_key, write_predictions, write_records
+
+ACCURACY = "accuracy [share of images]"
+EPS = ("1/64", "1/32", "1/16", "1/8", "1/4")
+PRIMARY = [
+    {
+        "name": "PGD accuracy at eps 1/16",
+        "metric": ACCURACY,
+        "conditions": {"threat": "pgd", "eps": "1/16"},
+        "better": "higher",
+    },
+    {"name": "clean accuracy", "metric": ACCURACY, "conditions": {"threat": "clean"}, "better": "higher"},
+    {
+        "name": "similarity after the last block",
+        "metric": "mean pairwise cosine",
+        "conditions": {"layer": 12, "where": "block output", "when": "trained"},
+        "better": "neither",
+    },
+]
+MEANING = {
+    "standard": "softmax attention, A V.",
+    "twicing": "Twicing attention, (2A - A^2) V, in every layer.",
+    "smooth-more": "A^2 V: smooths more than attention does, where twicing smooths less.",
+    "standard (other seeds)": "standard against standard with other seeds.",
+}
+CONTROLS = ("smooth-more", "standard (other seeds)")
+
+
+def conditions_of(threat):
+    if threat == "clean":
+        return [{"threat": "clean"}]
+    return [{"threat": threat, "sd" if threat == "noise" else "eps": eps} for eps in EPS]
+
+
+def make_records(arms=("standard", "twicing"), seeds=range(6), epochs=8, layers=12, images=300):
+    records, answers = [], []
+    for place, arm in enumerate(arms):
+        for seed in seeds:
+            # The seed's own luck is shared by the arms, as real pairs share images and weights; the rest is the arm's.
+            luck = np.random.default_rng(seed).normal()
+            own = np.random.default_rng([place + 1, seed])
+
+            def add(metric, value, conditions, n=images, *, arm=arm, seed=seed):
+                records.append(
+                    Record(
+                        metric=metric,
+                        value=float(value),
+                        n=n,
+                        seed=seed,
+                        arm=arm,
+                        recipe="digits",
+                        mechanism="standard" if arm.startswith("standard") else "twicing",
+                        layers="all",
+                        spec=[],
+                        conditions=conditions,
+                        versions={"torch": "0.0"},
+                        commit=None,
+                        device="CPU, made up",
+                        seconds=0.5,
+                    )
+                )
+
+            correct = {}
+            for threat, steep in (("clean", 0), ("noise", 3.0), ("fgsm", 9.0), ("pgd", 14.0)):
+                for conditions in conditions_of(threat):
+                    size = float(strength_of(conditions))
+                    bonus = 0.08 if arm == "twicing" and threat == "fgsm" else 0.0
+                    share = 0.962 * math.exp(-steep * size * (1 + 3 * size)) + bonus * min(1, 16 * size)
+                    share = min(1.0, max(0.0, share + 0.012 * luck * (threat != "clean") + 0.008 * own.normal()))
+                    right = own.permutation(images) < round(share * images)
+                    correct[threat_key(conditions)] = right
+                    add(ACCURACY, right.mean(), conditions)
+            answers.append(Correctness(arm, seed, np.arange(seed * images, (seed + 1) * images), correct))
+            for when in ("initialisation", "trained"):
+                for where in ("attention output", "block output"):
+                    for layer in range(1, layers + 1):
+                        end = (
+                            0.95 if when == "initialisation" else {"twicing": 0.25, "smooth-more": 0.92}.get(arm, 0.65)
+                        )
+                        cosine = 0.3 + (end - 0.3) * layer / layers + 0.02 * luck + 0.02 * own.normal()
+                        at = {"layer": layer, "where": where, "when": when}
+                        add("mean pairwise cosine", cosine, at)
+                        add("distance to the mean token", math.sqrt(max(0.0, 1 - cosine)), at)
+                        add("effective rank of centred tokens", 7 - 0.2 * layer + 0.3 * own.normal(), at)
+            step = {"standard": 0.021, "standard (other seeds)": 0.021}.get(arm, 0.031) * (1 + 0.01 * own.normal())
+            add("training time [s per step]", step, {})
+            for epoch in range(1, epochs + 1):
+                add("training loss [nats]", 2.3 * math.exp(-0.5 * epoch) + 0.01 * own.random(), {"epoch": epoch})
+                held_out = 0.965 - 0.85 * math.exp(-0.6 * epoch) + 0.008 * own.normal()
+                add("held-out accuracy [share of images]", held_out, {"epoch": epoch})
+                add("training time [s]", step * 24 * epoch, {"epoch": epoch})
+    return records, answers
+
+
+def strength_of(conditions):
+    top, _, bottom = str(conditions.get("eps", conditions.get("sd", "0/1"))).partition("/")
+    return int(top) / int(bottom)
+
+
+def make_config(arms=("standard", "twicing"), seeds=range(6), **changes):
+    config = {
+        "name": "made-up",
+        "recipe_name": "digits",
+        "title": "Standard and twicing attention on handwritten digits",
+        "limits": "smoke demonstration: 1,797 images of 8 x 8 pixels; it says nothing about ImageNet.",
+        "recipe": {"epochs": 8, "batch_size": 64, "attack": {"steps": 40, "eps": list(EPS), "restarts": 2}},
+        "arms": [
+            {
+                "label": arm,
+                "mechanism": "standard" if arm.startswith("standard") else "twicing",
+                "layers": "all",
+                "options": {"gain": -1.0} if arm == "smooth-more" else {},
+                "control": arm in CONTROLS,
+                "meaning": MEANING.get(arm, "An arm of this test."),
+            }
+            for arm in arms
+        ],
+        "seeds": list(seeds),
+        "primary": PRIMARY,
+        "headline": {"threat": "pgd"},
+        "command": "twicing compare digits --mechanisms standard twicing --seeds 6",
+        "versions": {"python": "3.11.2", "torch": "0.0"},
+        "commit": None,
+        "device": "CPU, made up",
+        "jobs": 2,
+        "started": "2000-01-01T00:00:00",
+    }
+    return config | changes
+
+
+def make_run_folder(folder: Path, arms=("standard", "twicing"), seeds=range(6), keep=None, predictions=True, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    records, answers = make_records(arms, seeds)
+    (folder / "config.json").write_text(json.dumps(make_config(arms, seeds, **changes)))
+    write_records(folder / "results.jsonl", [record for record in records if keep is None or keep(record)])
+    if predictions:
+        write_predictions(folder / "predictions.npz", answers)
+    return folder
