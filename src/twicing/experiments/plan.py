@@ -1,0 +1,125 @@
+"""What a comparison is, as a value: recipe, arms and seeds. It is kept in config.json, and a folder holds one only."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from twicing.experiments.arms import Arm
+from twicing.experiments.results import Environment, write_json
+from twicing.training.recipe import Recipe
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training and its evaluation: an arm and a seed. Seed k holds out fold k."""
+
+    recipe: Recipe
+    arm: Arm
+    seed: int
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """What progress and errors call it."""
+        return f"{self.arm.label}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A comparison: every arm is trained with every seed. The same plan always gives the same numbers."""
+
+    recipe: Recipe
+    arms: tuple[Arm, ...]
+    seeds: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ValueError("a comparison needs at least one seed: got none.")
+
+    def jobs(self, folder: Path) -> list[Job]:
+        """All trainings. Arms vary fastest, so that a seed's pair is complete before the next seed starts."""
+        return [
+            Job(self.recipe, arm, seed, folder / f"{arm.folder_name}-seed{seed}")
+            for seed in self.seeds
+            for arm in self.arms
+        ]
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the numbers, as JSON holds it."""
+        recipe = dataclasses.asdict(self.recipe)
+        del recipe["title"]
+        plan = {
+            "name": self.recipe.name,
+            "recipe_name": self.recipe.name,
+            "title": self.recipe.headline,
+            "limits": recipe.pop("limits"),
+            "primary": [self._with_layer_number(primary) for primary in recipe.pop("primary")],
+            "recipe": recipe,
+            "arms": [arm.as_json() for arm in self.arms],
+            "seeds": self.seeds,
+            "headline": {"threat": "pgd"},
+        }
+        return json.loads(json.dumps(plan))
+
+    def _with_layer_number(self, primary: dict[str, Any]) -> dict[str, Any]:
+        conditions = {
+            key: self.recipe.depth if value == "last" else value for key, value in primary["conditions"].items()
+        }
+        return primary | {"conditions": conditions}
+
+
+def open_folder(folder: Path, plan: Plan, command: str, jobs: int, environment: Environment, started: str) -> None:
+    """Make the run folder with its config.json, or check that the one that is there is of the same plan.
+
+    Raises ValueError where it holds another comparison, saying in what it differs, or something else altogether.
+    """
+    path = folder / CONFIG
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is broken ({error}): name another folder with --out.") from error
+        difference = first_difference(found, plan.identity())
+        if difference:
+            raise ValueError(
+                f"{folder} holds another comparison ({difference}): "
+                "name another folder with --out, or give the command that made it to go on."
+            )
+        return
+    if folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no comparison: name another folder with --out.")
+    folder.mkdir(parents=True, exist_ok=True)
+    where = {
+        "command": command,
+        "jobs": jobs,
+        "versions": environment.versions,
+        "commit": environment.commit,
+        "device": environment.device,
+        "started": started,
+    }
+    write_json(path, plan.identity() | where)
+
+
+def first_difference(found: Any, wanted: Any, where: str = "") -> str | None:
+    """The first thing of `wanted` that `found` has otherwise, in words; None where there is none."""
+    if isinstance(wanted, dict) and isinstance(found, dict):
+        for key, value in wanted.items():
+            if key not in found:
+                return f"{where}{key} is missing there"
+            difference = first_difference(found[key], value, f"{where}{key}.")
+            if difference:
+                return difference
+        return None
+    if found == wanted:
+        return None
+    return f"{where.rstrip('.')}: {_short(found)} there, {_short(wanted)} here"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return ", ".join(str(entry.get("label", entry)) for entry in value)
+    return json.dumps(value)

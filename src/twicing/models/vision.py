@@ -1,0 +1,66 @@
+"""Vision transformers of timm behind pixel space: images in [0, 1] go in, and the normalisation is part of the model.
+
+Attacks are bounded in pixels, so the model must take pixels.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from twicing.torchvision_import import mend_torchvision_import
+
+
+class PixelModel(nn.Module):
+    """network((images - mean) / std): pixels in [0, 1] to logits."""
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        self.network = network
+        # Constants of the data set: they move with the model, and they are not part of what is learned or saved.
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images: [B, C, height, width] in [0, 1]. Returns logits, [B, classes]."""
+        logits: Tensor = self.network((images - self.mean) / self.std)
+        return logits
+
+
+def vision_transformer(
+    *,
+    image_size: int,
+    patch_size: int,
+    channels: int,
+    classes: int,
+    width: int,
+    depth: int,
+    heads: int,
+    mlp_ratio: float,
+    mean: Sequence[float],
+    std: Sequence[float],
+    seed: int,
+) -> PixelModel:
+    """A ViT with a class token, as in DeiT, its weights drawn from `seed` and nothing else.
+
+    The global random state is left as it was, so what a caller draws next does not depend on the model's size.
+    Source: arXiv 2010.11929 (ViT), arXiv 2012.12877 (DeiT, whose N(0, 0.02) initialisation timm uses).
+    """
+    mend_torchvision_import()
+    from timm.models.vision_transformer import VisionTransformer
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = VisionTransformer(
+            img_size=image_size,
+            patch_size=patch_size,
+            in_chans=channels,
+            num_classes=classes,
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+            mlp_ratio=mlp_ratio,
+        )
+    return PixelModel(network, mean, std)

@@ -1,0 +1,96 @@
+"""`--set key=value` on the command line: change fields of a frozen configuration, and refuse what it does not have."""
+
+import dataclasses
+import typing
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+from twicing.names import listed
+
+Config = TypeVar("Config")
+
+SCALARS: dict[Any, typing.Callable[[str], Any]] = {int: int, float: float, str: str}
+
+
+def apply_settings(config: Config, settings: Iterable[str]) -> Config:
+    """The configuration with each "key=value" applied; a dot reaches into a part, as in "evaluation.eps=1/16,1/8".
+
+    A value takes the type of its field: a whole number, a number, a text, or several of one kind with commas between.
+    Raises ValueError, one sentence, for an unknown key (naming the nearest), and for a value of another type.
+    """
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or not key:
+            raise ValueError(f"a setting is key=value: got {setting!r}.")
+        config = _replaced(config, key.split("."), text, key)
+    return config
+
+
+def settable_keys(config: object, prefix: str = "") -> dict[str, Any]:
+    """All keys that apply_settings() takes, with their values."""
+    keys: dict[str, Any] = {}
+    for name, annotation in _fields(config).items():
+        value = getattr(config, name)
+        if dataclasses.is_dataclass(value):
+            keys |= settable_keys(value, f"{prefix}{name}.")
+        elif _converter(annotation) is not None:
+            keys[prefix + name] = value
+    return keys
+
+
+def parse_options(options: Iterable[str]) -> dict[str, Any]:
+    """Mechanism options from "name=value": true and false, whole numbers, numbers, and text otherwise."""
+    parsed: dict[str, Any] = {}
+    for option in options:
+        name, equals, text = option.partition("=")
+        if not equals or not name:
+            raise ValueError(f"an option is name=value: got {option!r}.")
+        parsed[name] = _literal(text)
+    return parsed
+
+
+def _replaced(config: Any, path: list[str], text: str, key: str, prefix: str = "") -> Any:
+    annotations = _fields(config)
+    name, rest = path[0], path[1:]
+    known = settable_keys(config, prefix)
+    part = getattr(config, name, None)
+    if name in annotations and rest and dataclasses.is_dataclass(part):
+        return dataclasses.replace(config, **{name: _replaced(part, rest, text, key, f"{prefix}{name}.")})
+    if rest or prefix + name not in known:
+        raise ValueError(f"unknown key {key!r}: {listed(key, known)}")
+    convert = _converter(annotations[name])
+    assert convert is not None  # settable_keys() lists only what can be converted
+    try:
+        value = convert(text)
+    except ValueError:
+        raise ValueError(f"{key} takes a value like {_written(known[prefix + name])}: got {text!r}.") from None
+    return dataclasses.replace(config, **{name: value})
+
+
+def _fields(config: object) -> dict[str, Any]:
+    hints = typing.get_type_hints(type(config))
+    return {field.name: hints[field.name] for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+
+
+def _converter(annotation: Any) -> typing.Callable[[str], Any] | None:
+    if annotation in SCALARS:
+        return SCALARS[annotation]
+    if typing.get_origin(annotation) is tuple and typing.get_args(annotation)[0] in SCALARS:
+        of_one = typing.get_args(annotation)[0]
+        return lambda text: tuple(of_one(item.strip()) for item in text.split(","))
+    return None
+
+
+def _written(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _literal(text: str) -> Any:
+    if text in ("true", "True", "false", "False"):
+        return text.lower() == "true"
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    return text

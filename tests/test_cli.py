@@ -1,0 +1,88 @@
+"""The command line: help that teaches, and one sentence for everything that is wrong."""
+
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from twicing.cli import main
+
+
+@pytest.fixture
+def run(capfd):
+    """Run a command in this process: a fresh one takes seconds to import torch."""
+
+    def call(*arguments):
+        try:
+            main(arguments)
+            code, message = 0, ""
+        except SystemExit as end:
+            # What Python does at exit: a message is an error of code 1.
+            code, message = (1, f"{end.code}\n") if isinstance(end.code, str) else (end.code or 0, "")
+        out, err = capfd.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err + message)
+
+    return call
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["compare", "--help"], ["train", "--help"], ["env", "--help"]])
+def test_help_is_there(run, arguments):
+    done = run(*arguments)
+    assert done.returncode == 0
+    assert "usage: twicing" in done.stdout
+    assert done.stderr == ""
+
+
+def test_env_prints_versions(run):
+    done = run("env")
+    assert done.returncode == 0
+    for name in ("python", "torch", "twicing", "commit", "device", "threads", "system"):
+        assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["compare", "digit"], "unknown recipe 'digit': known are 'digits'. Did you mean 'digits'?"),
+        (["compare", "--mechanisms", "standard", "twicng"], "'twicng'"),
+        (["compare", "--mechanisms", "standard"], "there is nothing to compare 'standard' with"),
+        (["compare", "--mechanisms", "twicing", "twicing"], "each mechanism is named once: got twicing"),
+        (["compare", "--seeds", "0"], "--seeds must be 1 or larger: got 0."),
+        (["compare", "--jobs", "0"], "--jobs must be 1 or larger: got 0."),
+        (["compare", "--layers", "10-99"], "99"),
+        (["train", "digits", "--set", "epoch=3"], "Did you mean 'epochs'?"),
+        (["train", "digits", "--mechanism", "twicing", "--options", "gian=1"], "gain"),
+        (["train", "digits", "--options", "gain=1"], "'standard' is the model as it is"),
+        (["train", "digits", "--seed", "-1"], "--seed must be 0 or larger: got -1."),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_is_wrong_is_one_sentence(run, arguments, message, tmp_path):
+    out = tmp_path / "run"
+    done = run(*arguments, "--out", str(out))
+    assert done.returncode == 1, done.stdout
+    assert done.stderr.startswith("twicing: ")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not out.exists(), "a refused command leaves nothing behind"
+
+
+def test_train_writes_its_results(run, tmp_path):
+    out = tmp_path / "run"
+    done = run(
+        *("train", "digits", "--mechanism", "twicing", "--layers", "2", "--options", "gain=0.5", "--out", str(out)),
+        *("--set", "epochs=1", "depth=2", "width=16", "heads=2", "batch_size=128", "evaluation.pgd_steps=2"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(out / "results.jsonl") in done.stdout.replace("\n", "")
+    assert '"layers": [2]' in (out / "results.jsonl").read_text()
+    assert '"gain": 0.5' in (out / "results.jsonl").read_text()
+
+
+def test_a_missing_package_is_one_sentence():
+    code = "import sys; sys.modules['tyro'] = None; import twicing.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "twicing: the commands need tyro, which is missing: pip install 'twicing[lab]'"
