@@ -16,8 +16,8 @@ REFUSED = {
     "decoding": (
         {"query": zeros(2, 4, 1, 8)},
         "Twicing needs as many queries as keys, since it smooths what smoothing left of the values: got 1 and 6 "
-        "tokens. Cross-attention leaves nothing that could be smoothed again: use order=1. Decoding with a cache must "
-        "keep the boosted values beside the keys: run the whole sequence instead.",
+        "tokens. Cross-attention leaves nothing that could be smoothed again: use order=1. To decode with a cache, "
+        "which has to keep the boosted values beside the keys, use decode_step().",
     ),
     "cross-attention": ({"query": zeros(2, 4, 9, 8)}, "Twicing needs as many queries as keys"),
     "key and value lengths": (

@@ -56,7 +56,7 @@ def checked_call(
         raise ValueError(
             "Twicing needs as many queries as keys, since it smooths what smoothing left of the values: got "
             f"{n_q} and {n_k} tokens. Cross-attention leaves nothing that could be smoothed again: use order=1. "
-            "Decoding with a cache must keep the boosted values beside the keys: run the whole sequence instead."
+            "To decode with a cache, which has to keep the boosted values beside the keys, use decode_step()."
         )
     check_mask(query, key, attn_mask, is_causal, enable_gqa)
     if not 0.0 <= dropout_p <= 1.0:
