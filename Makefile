@@ -8,12 +8,14 @@ STAMP := .venv/.installed
 demo: $(STAMP)
 	$(BIN)/twicing compare digits
 
-test: $(STAMP)
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
-	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 setup: $(STAMP)
 

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from twicing.experiments.arms import Arm, arms_of
+from twicing.experiments.job import PARTS
 from twicing.experiments.plan import Plan, first_difference
 from twicing.experiments.progress import JobProgress
 from twicing.ops.reference import attention_matrix
@@ -100,7 +101,11 @@ def test_progress_tells_every_finished_training_and_the_time_left(tmp_path, term
         progress.report(jobs[0], "done", 1.0)
     text = written.getvalue()
     if terminal:
-        for shown in ("all 2 trainings", "twicing, seed 0", "pgd", "time left"):
+        for shown in ("all 2 trainings", "twicing, seed 0", "pgd", "time left)"):
             assert shown in text
     else:
         assert text == "[0:00] 1 of 2 finished: standard, seed 0\n"
+
+
+def test_the_shares_of_a_job_are_all_of_it():
+    assert sum(percent for _, percent in PARTS.values()) == 100

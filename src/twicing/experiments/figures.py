@@ -16,7 +16,12 @@ from twicing.experiments.results import Record, select
 
 FLOOR = 0.02
 ACCURACY = "accuracy [share of images]"
-LAYER_METRICS = ("mean pairwise cosine", "distance to the mean token", "effective rank of centred tokens")
+# Metrics by layer, and what an axis has room for.
+LAYER_METRICS = {
+    "mean pairwise cosine": "cosine",
+    "distance to the mean token": "||X - mean|| / ||X||",
+    "effective rank of centred tokens": "effective rank",
+}
 THREATS = {
     "pgd": ("PGD (the headline)", "eps"),
     "fgsm": ("FGSM (a weak attack)", "eps"),
@@ -93,8 +98,8 @@ def training(records: Sequence[Record], styles: Styles) -> Picture | None:
             panel.axes.set_xlabel("epoch")
             panels.append(panel.svg())
     caption = (
-        "Thick lines are means, thin lines are seeds. The held-out images selected nothing: no epoch, no setting; "
-        "the last epoch is the one that is evaluated."
+        "Thick lines are means, thin lines are seeds. The held-out images chose no epoch: the last one is evaluated. "
+        "They did see the recipe being made, so accuracies are a little flattering, to every arm alike."
     )
     return Picture("training", panels, caption) if panels else None
 
@@ -201,14 +206,16 @@ def _strength_panel(name: str, title: str, strength: str, clean: Curves, curves:
 def _layer_picture(records: Sequence[Record], metric: str, styles: Styles) -> Picture | None:
     found = select(records, metric=metric)
     panels: list[Panel] = []
+    place = list(LAYER_METRICS).index(metric)
     for where in ("attention output", "block output"):
         for when in ("initialisation", "trained"):
             chosen = select(found, conditions={"where": where, "when": when})
             curves = _curves(chosen, styles, lambda record: record.conditions["layer"])
             if curves:
-                panel = Panel(f"layers-{LAYER_METRICS.index(metric)}-{len(panels)}", f"{where}s, {when}")
+                panel = Panel(f"layers-{place}-{len(panels)}", f"{where}s, {when}")
                 _draw(panel.axes, curves, styles, seeds=False, band=True)
                 panel.axes.set_xlabel("layer")
+                panel.axes.set_ylabel(LAYER_METRICS[metric])
                 panel.axes.locator_params(axis="x", integer=True)
                 panels.append(panel)
     if not panels:
@@ -225,7 +232,7 @@ def _layer_picture(records: Sequence[Record], metric: str, styles: Styles) -> Pi
     }[metric]
     name = f"{metric[0].upper()}{metric[1:]}"
     caption = f"{name}, by layer. {meaning} Lines are means, bands one standard deviation over seeds."
-    return Picture(f"layers-{LAYER_METRICS.index(metric)}", [panel.svg() for panel in panels], caption)
+    return Picture(f"layers-{place}", [panel.svg() for panel in panels], caption)
 
 
 def _strength(name: str) -> Callable[[Record], Fraction]:

@@ -32,7 +32,8 @@ class JobProgress:
             disable=not console.is_terminal,
         )
         self._display.columns = (*self._display.columns, TimeElapsedColumn(), TimeLeft(elapsed_when_finished=True))
-        self._all = self._display.add_task(f"all {len(jobs)} trainings", total=len(jobs), detail="time left")
+        detail = "(time so far, time left)"
+        self._all = self._display.add_task(f"all {len(jobs)} trainings", total=len(jobs), detail=detail)
         self._display.update(self._all, completed=sum(self._shares.values()))
 
     def __enter__(self) -> "JobProgress":

@@ -45,8 +45,10 @@ def vision_transformer(
 ) -> PixelModel:
     """A ViT with a class token, as in DeiT, its weights drawn from `seed` and nothing else.
 
+    Weights are Xavier-uniform, those of queries, keys and values each on its own. A deep model then collapses before it
+    is trained, which is what is to be studied: at width 64, N(0, 0.02) would leave the residual stream as it came in.
     The global random state is left as it was, so what a caller draws next does not depend on the model's size.
-    Source: arXiv 2010.11929 (ViT), arXiv 2012.12877 (DeiT, whose N(0, 0.02) initialisation timm uses).
+    Source: arXiv 2010.11929 (ViT), arXiv 2104.02057 (initialisation, section 5).
     """
     mend_torchvision_import()
     from timm.models.vision_transformer import VisionTransformer
@@ -62,5 +64,6 @@ def vision_transformer(
             depth=depth,
             num_heads=heads,
             mlp_ratio=mlp_ratio,
+            weight_init="moco",
         )
     return PixelModel(network, mean, std)

@@ -31,7 +31,7 @@ class Evaluation:
 
     noise: tuple[str, ...] = ("1/16", "1/8", "1/4")
     """Standard deviations of Gaussian noise."""
-    eps: tuple[str, ...] = ("1/64", "1/32", "1/16", "1/8")
+    eps: tuple[str, ...] = ("1/32", "1/16", "1/8")
     """Largest change of a pixel that FGSM and PGD may make, ascending."""
     pgd_steps: int = 20
     """Steps of PGD, each 3 / steps of eps (0.15 at 20 steps)."""
@@ -112,8 +112,9 @@ def digits() -> Recipe:
         width=64,
         heads=4,
         mlp_ratio=2.0,
-        # Small batches reach .94 in half the epochs that 64 images a batch need (45 s and more for one training).
-        epochs=15,
+        # Standard attention reaches .92 after ten epochs and gains little after these. Small batches, because 64 images
+        # a batch take three times as long to get there.
+        epochs=14,
         batch_size=16,
         learning_rate=1e-3,
         weight_decay=0.05,
