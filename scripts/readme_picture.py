@@ -34,7 +34,7 @@ def main(folder: Path) -> None:
     for label, style in styles.items():
         parts.append(f'<text x="{x}" y="19" font-size="13" fill="{style.color}">{style.sign} {label}</text>')
         x += 9 * len(label) + 40
-    for place, panel in enumerate(map(str, panels)):
+    for place, panel in enumerate(str(panel.svg()) for panel in panels):
         left = GAP + place % COLUMNS * (WIDTH + GAP)
         line = place // COLUMNS
         top = KEY + sum(HEIGHTS[:line]) + line * GAP

@@ -54,7 +54,7 @@ def test_env_prints_versions(run):
         (["train", "digits", "--set", "epoch=3"], "Did you mean 'epochs'?"),
         (["train", "digits", "--mechanism", "twicing", "--options", "gian=1"], "gain"),
         (["train", "digits", "--options", "gain=1"], "'standard' is the model as it is"),
-        (["train", "digits", "--seed", "-1"], "--seed must be 0 or larger: got -1."),
+        (["train", "digits", "--seed", "-1"], "--seed must be 0 or larger and below 2^32: got -1."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -28,8 +28,8 @@ Settings = Annotated[
 class Compare:
     """Train standard attention and other mechanisms side by side, and report what is shown and what is not.
 
-    Every arm is trained once per seed on the same images in the same order from the same weights; differences are
-    paired by seed. Writes a folder with config, logs, checkpoints, results.jsonl, predictions.npz and report.html.
+    Every mechanism is trained once per seed, on the same images in the same order from the same weights; differences
+    are paired by seed. Writes a folder with config, logs, checkpoints, results.jsonl, predictions.npz and report.html.
     Interrupted, it goes on where it stopped when the same command is given again.
 
     Example: twicing compare digits --mechanisms standard twicing --seeds 6 --controls
@@ -125,6 +125,9 @@ def _run(command: Compare | Train | Env, typed: str) -> None:
     from twicing.training.recipe import find_recipe
     from twicing.training.settings import apply_settings, parse_options
 
+    # A mechanism by import path may be a file in the current folder, which a console script does not look into.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     recipe = apply_settings(find_recipe(command.recipe), command.set)
     try:
         if isinstance(command, Compare):

@@ -79,6 +79,22 @@ def test_converted_model_equals_the_oracle_and_undo_restores_it(name, small_vit,
     assert torch.equal(model(images), untouched)
 
 
+def test_queries_and_keys_keep_their_own_norms(small_vit, images):
+    model, images = small_vit(qk_norm=True).double(), images.double()
+    with torch.no_grad():
+        # Weights alone would not tell the two norms apart: logits hold their product, which is symmetric.
+        for block in model.blocks:
+            for norm in (block.attn.q_norm, block.attn.k_norm):
+                norm.weight.normal_(mean=1.0)
+                norm.bias.normal_()
+    expected = by_oracle(model, images)
+    convert(model, "twicing")
+    assert relative_rms(model(images), expected) < BUDGET
+    for block in model.blocks:
+        block.attn.q_norm, block.attn.k_norm = block.attn.k_norm, block.attn.q_norm
+    assert relative_rms(model(images), expected) > 1e3 * BUDGET
+
+
 @pytest.mark.parametrize("wrong", WRONG_FORMULAS)
 def test_the_oracle_rejects_wrong_formulas(wrong, small_vit, images):
     model, images = small_vit().double(), images.double()

@@ -34,6 +34,45 @@ MEANING = {
 CONTROLS = ("smooth-more", "standard (other seeds)")
 
 
+def one_record(metric, value, seed=0, arm="standard", conditions=None, **changes):
+    """One record by hand; its seconds and versions are values that no other number of a test has."""
+    fields = {
+        "n": 300,
+        "recipe": "digits",
+        "mechanism": "standard",
+        "layers": "all",
+        "spec": [],
+        "versions": {"torch": "7.1", "numpy": "9.2"},
+        "commit": "c0ffee",
+        "device": "CPU, made up",
+        "seconds": 777.0,
+    }
+    return Record(
+        **(
+            fields
+            | {"metric": metric, "value": value, "seed": seed, "arm": arm, "conditions": conditions or {}}
+            | changes
+        )
+    )
+
+
+def one_by_seed(metric, values, arm="standard", conditions=None, **changes):
+    """Records of the seeds 0, 1, 2, ... with these values."""
+    return [one_record(metric, value, seed, arm, conditions, **changes) for seed, value in enumerate(values)]
+
+
+def write_folder(folder, records, answers=(), **changes):
+    """A run folder of records made by hand."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arms = tuple(dict.fromkeys(record.arm for record in records))
+    seeds = sorted({record.seed for record in records})
+    (folder / "config.json").write_text(json.dumps(make_config(arms, seeds, **changes)))
+    write_records(folder / "results.jsonl", records)
+    if answers:
+        write_predictions(folder / "predictions.npz", answers)
+    return folder
+
+
 def conditions_of(threat):
     if threat == "clean":
         return [{"threat": "clean"}]

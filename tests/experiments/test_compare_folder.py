@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from twicing.experiments.results import read_predictions, read_records
 
@@ -266,3 +268,99 @@ def test_a_full_disk_is_one_sentence(tmp_path, limit):
     assert len(done.stderr.strip().splitlines()) == 1
     unfinished = [path.name for path in tmp_path.rglob(".*") if path.name != ".lock"]
     assert unfinished == [], "half-written files are left behind"
+
+
+def test_controls_run_to_the_end_and_are_told(tmp_path):
+    """Also: an own mechanism by import path from the current folder, a folder with blanks, one seed."""
+    (tmp_path / "mine.py").write_text(OWN_MECHANISM)
+    folder = tmp_path / "with blanks and ü"
+    arguments = [
+        *(sys.executable, "-m", "twicing.cli", "compare", "digits", "--seeds", "1", "--out", str(folder), "--controls"),
+        *("--mechanisms", "mine:Mine", "--set", "epochs=1", "depth=2", "width=16", "heads=2", "batch_size=128"),
+        *("evaluation.eps=1/16", "evaluation.pgd_steps=2"),
+    ]
+    done = run(arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    records = read_records(folder / "results.jsonl")
+    arms = ["standard", "mine:Mine", "smooth-more", "standard (other seeds)"]
+    assert list(dict.fromkeys(record.arm for record in records)) == arms
+    indices = {tuple(one.index) for one in read_predictions(folder / "predictions.npz").values()}
+    assert len(indices) == 1, "the arms of a seed have to be tested on the same images"
+    spec = next(record.spec for record in records if record.arm == "smooth-more")
+    assert spec[0]["options"]["gain"] == -1
+    first = [
+        next(r.value for r in records if r.arm == arm and r.metric == "mean pairwise cosine")
+        for arm in (arms[0], arms[3])
+    ]
+    assert first[0] != first[1], "other seeds have to mean other weights"
+
+
+OWN_MECHANISM = """
+from twicing.mechanisms.base import Mechanism
+
+class Mine(Mechanism):
+    def forward(self, query, key, value, *, attn_mask=None, is_causal=False, scale=None, dropout_p=0.0,
+                enable_gqa=False, context=None):
+        return value
+"""
+
+
+def test_two_at_once_in_one_folder_are_refused(finished):
+    folder, _ = finished
+    with FileLock(folder / ".lock"):
+        done = run(command(folder))
+    assert done.returncode == 1
+    assert f"another twicing command is at work in {folder}: wait for it, or use --out." in done.stderr
+
+
+def test_a_folder_begun_with_other_versions_says_so(finished, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(finished[0], copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["versions"]["torch"] = "1.0.0"
+    (copy / "config.json").write_text(json.dumps(config))
+    done = run(command(copy))
+    assert done.returncode == 0, done.stderr
+    assert 'was begun elsewhere (versions.torch: "1.0.0" there' in done.stdout.replace("\n", " ")
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_an_error_and_ends_the_others(tmp_path):
+    """As when memory runs out; the parent notices, says which one, and leaves no process behind."""
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command(folder, "epochs=200"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert wait_until(lambda: len(workers_of(folder)) == 2, 60), "trainings are not side by side"
+        assert wait_until(lambda: len(stamps(folder)) >= 2, 60)
+        os.kill(int(workers_of(folder)[0]), signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    assert "did not finish: it was killed by signal 9, as happens when memory runs out" in errors
+    assert len(errors.strip().splitlines()) == 1
+    assert wait_until(lambda: not workers_of(folder), 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM], ids=lambda s: s.name)
+def test_workers_end_with_their_parent_even_while_they_are_silent(tmp_path, end):
+    """A worker in a long attack writes no message, so that no broken pipe tells it that its parent is gone."""
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        command(folder, "epochs=1", "evaluation.pgd_steps=1000000"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        assert wait_until(lambda: len(list(folder.glob("*/fgsm.json"))) == 2, 60)
+        time.sleep(0.5)
+        assert len(workers_of(folder)) == 2
+        process.send_signal(end)
+        process.wait(30)
+    finally:
+        process.kill()
+    assert wait_until(lambda: not workers_of(folder), 5)

@@ -1,15 +1,21 @@
 import dataclasses
 import json
 import os
+import platform
+import subprocess
+from importlib import metadata
 
 import numpy as np
 import pytest
+import torch
 from made_up_run import make_records
 
+from twicing.experiments import results
 from twicing.experiments.results import (
     Correctness,
     Record,
     environment,
+    read_json,
     read_predictions,
     read_records,
     replace_file,
@@ -90,6 +96,19 @@ def test_json_refuses_not_a_number_and_keeps_order(tmp_path):
         write_json(tmp_path / "config.json", {"b": float("nan")})
 
 
+def test_json_comes_back_and_a_broken_file_is_named_with_the_remedy(tmp_path):
+    path = tmp_path / "clean.json"
+    write_json(path, {"ü": [1, None]})
+    assert read_json(path) == {"ü": [1, None]}
+    for broken in (path.read_bytes()[:7], b"", b"\xff\xfe{}"):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=r"clean\.json: .*broken.*: delete it and run the same command again"):
+            read_json(path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        read_json(path)
+
+
 def test_select_asks_for_some_conditions_and_allows_others():
     records, _ = make_records(seeds=range(2), layers=3, epochs=1)
     found = select(records, metric="mean pairwise cosine", arm="twicing", conditions={"layer": 2, "when": "trained"})
@@ -159,6 +178,43 @@ def test_environment_says_where_numbers_were_made():
     assert found.device.startswith("CPU, ")
     assert found.threads == 1
     assert found.commit is None or len(found.commit.removesuffix("+changes")) == 40
+
+
+def test_every_version_is_the_packages_own():
+    versions = environment().versions
+    assert versions["python"] == platform.python_version()
+    assert versions["torch"] == torch.__version__
+    assert versions["numpy"] == np.__version__
+    assert versions["torchvision"] == metadata.version("torchvision")
+    assert versions["twicing"] == metadata.version("twicing")
+
+
+def test_the_commit_says_when_the_source_was_edited(tmp_path, monkeypatch):
+    # A hook of git sets variables that would lead git to another repository.
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
+    package = tmp_path / "src" / "twicing"
+    (package / "experiments").mkdir(parents=True)
+    (package / "version.py").write_text("1\n")
+    monkeypatch.setattr(results, "__file__", str(package / "experiments" / "results.py"))
+
+    def git(*arguments):
+        identity = ("-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false")
+        command = ["git", "-C", str(tmp_path), *identity, *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    assert environment().commit is None
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "someone else's repository")
+    assert environment().commit is None
+    git("add", ".")
+    git("commit", "--quiet", "--message", "the library's own")
+    commit = git("rev-parse", "HEAD")
+    assert environment().commit == commit
+    (tmp_path / "notes.txt").write_text("outside of the package\n")
+    assert environment().commit == commit
+    (package / "version.py").write_text("2\n")
+    assert environment().commit == f"{commit}+changes"
 
 
 def test_every_field_of_a_record_is_written(tmp_path, record):

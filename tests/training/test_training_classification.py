@@ -137,16 +137,16 @@ def test_a_checkpoint_knows_its_formula(recipe, split, tmp_path):
     with pytest.raises(
         ValueError, match=r"holds weights of another formula: it was trained with .*'twicing'.*standard"
     ):
-        load_trained(other, tmp_path)
+        load_trained(other, 0, tmp_path)
     convert(other, spec=saved["twicing"]["spec"])
-    load_trained(other, tmp_path)
+    load_trained(other, 0, tmp_path)
     assert same_weights(model, other)
 
 
 def test_a_folder_of_another_seed_is_refused(recipe, split, tmp_path):
     recipe = apply_settings(recipe, ["epochs=1"])
     trained(recipe, split, 0, tmp_path)
-    with pytest.raises(ValueError, match=r"the checkpoint is one of seed 0, and this training's is 1"):
+    with pytest.raises(ValueError, match=r"last\.ckpt is one of seed 0, and this training's is 1: give each"):
         trained(recipe, split, 1, tmp_path)
 
 
@@ -156,3 +156,72 @@ def test_a_diverged_training_says_so(recipe, split, tmp_path):
     )
     with pytest.raises(FloatingPointError, match=r"the training diverged: the loss of epoch 1 is nan\. Lower"):
         trained(recipe, broken, 0, tmp_path)
+
+
+def test_a_damaged_checkpoint_says_what_to_delete(recipe, split, tmp_path):
+    recipe = apply_settings(recipe, ["epochs=1"])
+    trained(recipe, split, 0, tmp_path)
+    whole = (tmp_path / CHECKPOINT).read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        (tmp_path / CHECKPOINT).write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"last\.ckpt is damaged: delete it and training\.json beside it"):
+            load_trained(build_model(recipe, 0), 0, tmp_path)
+        with pytest.raises(ValueError, match=r"last\.ckpt is damaged"):
+            trained(recipe, split, 0, tmp_path)
+    (tmp_path / CHECKPOINT).unlink()
+    with pytest.raises(ValueError, match=r"last\.ckpt is missing: delete training\.json beside it"):
+        load_trained(build_model(recipe, 0), 0, tmp_path)
+
+
+def test_the_recipe_reaches_model_and_optimiser(recipe, split, tmp_path, monkeypatch):
+    recipe = apply_settings(
+        recipe, ["epochs=2", "weight_decay=0.25", "learning_rate=0.004", "warmup_share=0.5", "mlp_ratio=3"]
+    )
+    assert build_model(recipe, 0).network.blocks[0].mlp.fc1.weight.shape == (48, 16)
+    seen = []
+    step = torch.optim.AdamW.step
+
+    def watched(self, *arguments, **options):
+        group = self.param_groups[0]
+        seen.append((group["lr"], group["weight_decay"], torch.initial_seed()))
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", watched)
+    train_classifier(build_model(recipe, 0), recipe, split, 0, tmp_path, lambda share: None)
+    rates, decays, seeds = zip(*seen, strict=True)
+    assert set(decays) == {0.25}
+    assert max(rates) == pytest.approx(0.004, rel=1e-3)
+    # Warm-up over half of all steps, then down to nearly nothing.
+    assert abs(rates.index(max(rates)) - len(rates) / 2) <= 1
+    assert rates[-1] < 1e-3 * max(rates)
+    assert len(set(seeds)) == len(seeds) == 48, "a draw of one step came again in another"
+
+
+def test_curves_are_those_of_the_epoch(recipe, split, tmp_path):
+    """The last, smaller batch counts by its images, and held-out accuracy is that of the weights that are saved."""
+    recipe = apply_settings(recipe, ["epochs=2", "learning_rate=1e-30", "weight_decay=0"])
+    model = build_model(recipe, 0)
+    curve = train_classifier(model, recipe, split, 0, tmp_path, lambda share: None)
+    with torch.no_grad():
+        logits = model.eval()(split.train_images)
+        loss = torch.nn.functional.cross_entropy(logits, split.train_labels).item()
+        right = (model(split.test_images).argmax(1) == split.test_labels).double().mean().item()
+    # Nothing was learned, so the mean over images is the loss of the whole set.
+    assert [epoch.loss for epoch in curve] == pytest.approx([loss, loss], rel=1e-5)
+    assert [epoch.held_out_accuracy for epoch in curve] == pytest.approx([right, right])
+    assert [epoch.epoch for epoch in curve] == [1, 2]
+
+
+def test_seconds_count_training_steps_and_survive_a_resume(recipe, split, tmp_path, monkeypatch):
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("twicing.training.classification.time.perf_counter", lambda: float(next(ticks)))
+
+    def stop(share):
+        if share > 0.5:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        trained(recipe, split, 0, tmp_path, stop)
+    _, curve = trained(recipe, split, 0, tmp_path)
+    # Two looks at the clock per step, one tick apart: a second for each of the 24 steps of an epoch.
+    assert [epoch.seconds for epoch in curve] == [24.0, 48.0, 72.0]

@@ -57,10 +57,10 @@ def train(
 ) -> Path:
     """Train and evaluate one model, print its accuracies, and return folder/results.jsonl.
 
-    Raises ValueError for a negative seed or an unknown mechanism, and what run_plan() raises.
+    Raises ValueError for a seed out of range or an unknown mechanism, and what run_plan() raises.
     """
-    if seed < 0:
-        raise ValueError(f"--seed must be 0 or larger: got {seed}.")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be 0 or larger and below 2^32: got {seed}.")
     find_mechanism(mechanism)
     if mechanism == BASELINE and (options or layers != "all"):
         raise ValueError(f"{BASELINE!r} is the model as it is: it takes neither --layers nor --options.")

@@ -7,15 +7,13 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
 
 from twicing.experiments.drawing import INK, LINE_WIDTH, MARK_SIZE, Panel, Style, drawing_settings
-from twicing.experiments.findings import NOISE_FLOOR, Row
+from twicing.experiments.findings import ACCURACY, NOISE_FLOOR, Row
 from twicing.experiments.results import Record, select
 
 FLOOR = 0.02
-ACCURACY = "accuracy [share of images]"
 # Metrics by layer, and what an axis has room for.
 LAYER_METRICS = {
     "mean pairwise cosine": "cosine",
@@ -39,14 +37,14 @@ class Picture:
     """Panels that belong together, and the sentence below them."""
 
     name: str
-    panels: Sequence[Markup]
+    panels: Sequence[Panel]
     caption: str
 
 
 @drawing_settings()
 def differences(rows: Sequence[Row], styles: Styles) -> Picture | None:
     """Every seed's difference to standard as a dot, with the mean and its interval, one panel per primary metric."""
-    panels: list[Markup] = []
+    panels: list[Panel] = []
     for measure in dict.fromkeys(row.measure.name for row in rows):
         mine = [row for row in rows if row.measure.name == measure and row.difference is not None]
         if mine:
@@ -65,7 +63,7 @@ def accuracy_against_strength(records: Sequence[Record], styles: Styles) -> Pict
     """Accuracy against eps (or noise level): PGD, FGSM and noise; thin lines are seeds."""
     found = select(records, metric=ACCURACY)
     clean = _curves(select(found, conditions={"threat": "clean"}), styles, lambda _: Fraction(0))
-    panels: list[Markup] = []
+    panels: list[Panel] = []
     for threat, (title, strength) in THREATS.items():
         of_threat = [record for record in select(found, conditions={"threat": threat}) if strength in record.conditions]
         if of_threat:
@@ -89,14 +87,14 @@ def by_layer(records: Sequence[Record], styles: Styles) -> list[Picture]:
 @drawing_settings()
 def training(records: Sequence[Record], styles: Styles) -> Picture | None:
     """Training loss and held-out accuracy by epoch."""
-    panels: list[Markup] = []
+    panels: list[Panel] = []
     for metric in ("training loss [nats]", "held-out accuracy [share of images]"):
         curves = _curves(select(records, metric=metric), styles, lambda record: record.conditions["epoch"])
         if curves:
             panel = Panel(f"training-{len(panels)}", metric)
             _draw(panel.axes, curves, styles, markers=False)
             panel.axes.set_xlabel("epoch")
-            panels.append(panel.svg())
+            panels.append(panel)
     caption = (
         "Thick lines are means, thin lines are seeds. The held-out images chose no epoch: the last one is evaluated. "
         "They did see the recipe being made, so accuracies are a little flattering, to every arm alike."
@@ -106,7 +104,7 @@ def training(records: Sequence[Record], styles: Styles) -> Picture | None:
 
 @drawing_settings()
 def against_seconds(records: Sequence[Record], styles: Styles) -> Picture | None:
-    """Held-out accuracy against seconds of training."""
+    """Held-out accuracy against the seconds spent in training steps."""
     seconds = {
         (record.arm, record.seed, record.conditions["epoch"]): record.value
         for record in select(records, metric="training time [s]")
@@ -137,15 +135,16 @@ def against_seconds(records: Sequence[Record], styles: Styles) -> Picture | None
             for epoch, _ in means
         ]
         _draw_mean(panel.axes, x, [value for _, value in means], style, markevery=[-1])
-    panel.axes.set_xlabel("seconds of training")
+    panel.axes.set_xlabel("seconds spent in training steps")
     caption = (
-        "The same accuracy against wall-clock seconds instead of epochs: what a mechanism gains has to be worth its "
-        "time. The mark is the last epoch. Seconds include what else ran on the machine."
+        "The same accuracy against the seconds spent in training steps instead of epochs: what a mechanism gains has "
+        "to be worth its time. Evaluation between epochs is not counted; what else ran on the machine slows the steps "
+        "too. The mark is the last epoch."
     )
-    return Picture("seconds", [panel.svg()], caption)
+    return Picture("seconds", [panel], caption)
 
 
-def _difference_panel(name: str, rows: Sequence[Row], styles: Styles) -> Markup:
+def _difference_panel(name: str, rows: Sequence[Row], styles: Styles) -> Panel:
     measure = rows[0].measure
     panel = Panel(name, measure.title, size=(3.6, 0.9 + 0.6 * len(rows)))
     axes = panel.axes
@@ -170,10 +169,10 @@ def _difference_panel(name: str, rows: Sequence[Row], styles: Styles) -> Markup:
     axes.locator_params(axis="x", nbins=5)
     unit = re.search(r"\[.*\]", measure.metric)
     axes.set_xlabel(f"arm − standard {unit[0]}" if unit else "arm − standard")  # noqa: RUF001
-    return panel.svg()
+    return panel
 
 
-def _strength_panel(name: str, title: str, strength: str, clean: Curves, curves: Curves, styles: Styles) -> Markup:
+def _strength_panel(name: str, title: str, strength: str, clean: Curves, curves: Curves, styles: Styles) -> Panel:
     panel = Panel(name, title)
     axes = panel.axes
     strengths = sorted({x for seeds in curves.values() for points in seeds.values() for x, _ in points})
@@ -200,7 +199,7 @@ def _strength_panel(name: str, title: str, strength: str, clean: Curves, curves:
     for x in positive:
         if all(mean[x] < FLOOR for mean in means.values() if x in mean):
             axes.annotate("floor", (x, 0.05), ha="center", fontsize=8, fontstyle="italic")
-    return panel.svg()
+    return panel
 
 
 def _layer_picture(records: Sequence[Record], metric: str, styles: Styles) -> Picture | None:
@@ -232,7 +231,7 @@ def _layer_picture(records: Sequence[Record], metric: str, styles: Styles) -> Pi
     }[metric]
     name = f"{metric[0].upper()}{metric[1:]}"
     caption = f"{name}, by layer. {meaning} Lines are means, bands one standard deviation over seeds."
-    return Picture(f"layers-{place}", [panel.svg() for panel in panels], caption)
+    return Picture(f"layers-{place}", panels, caption)
 
 
 def _strength(name: str) -> Callable[[Record], Fraction]:

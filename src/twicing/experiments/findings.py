@@ -30,6 +30,10 @@ from twicing.experiments.statistics import (
 )
 
 NOISE_FLOOR = "standard (other seeds)"
+ACCURACY = "accuracy [share of images]"
+# The median over images of the smallest eps tried that fools the model; a model that withstands more has no value.
+EPS50 = "eps50 [share of pixel range]"
+ZERO_GRADIENTS = "share of zero gradients"
 STEP_TIME = "training time [s per step]"
 
 
@@ -78,11 +82,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds per training step. ratio: geometric mean of arm / standard over seeds; low, high: its 95 % interval."""
+    """Seconds per training step.
+
+    ratio: geometric mean of arm / standard over the seeds that both have, of which there are `pairs`.
+    low, high: its 95 % interval; None with one pair and where every ratio is the same.
+    """
 
     arm: ReportedArm
     mean: float
     sd: float | None
+    pairs: int
     ratio: float | None
     low: float | None
     high: float | None
@@ -139,7 +148,7 @@ def read_run(folder: Path) -> Run:
             )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{folder / 'config.json'} is broken ({error}). Make the run anew in another folder."
         ) from error
@@ -154,10 +163,7 @@ def primary_rows(run: Run) -> list[Row]:
     rows = [_row(run, measure, arm) for measure in run.primaries for arm in run.arms]
     rows = [replace(row, bootstrap=_bootstrap(run, row)) for row in rows]
     family = [place for place, row in enumerate(rows) if not row.arm.control and row.arm.label != BASELINE]
-    # An arm that was planned and has no records is part of the family that was declared.
-    planned = {str(entry["label"]) for entry in run.config.get("arms", []) if not entry.get("control", False)}
-    absent = len(planned - {arm.label for arm in run.arms} - {BASELINE}) * len(run.primaries)
-    p_values = [_p(rows[place].difference) for place in family] + [None] * absent
+    p_values = [_p(rows[place].difference) for place in family] + [None] * (family_size(run) - len(family))
     corrected = dict(zip(family, holm(p_values), strict=False))
     return [
         _with_verdict(row, corrected.get(place), len(p_values) if place in corrected else 0)
@@ -165,17 +171,25 @@ def primary_rows(run: Run) -> list[Row]:
     ]
 
 
+def family_size(run: Run) -> int:
+    """How many comparisons Holm corrects for: mechanisms x primaries, planned arms without records included."""
+    planned = {str(entry["label"]) for entry in run.config.get("arms", []) if not entry.get("control", False)}
+    present = {arm.label for arm in run.arms if not arm.control}
+    return len((planned | present) - {BASELINE}) * len(run.primaries)
+
+
 def exploratory_measures(run: Run) -> list[Measure]:
-    """Everything that was measured after training and is not primary, in the order of the records."""
+    """Everything that was measured before or after training and is not primary, in the order of the records.
+
+    What was measured by epoch is left out: the figures of the training show it.
+    """
     primaries = [(measure.metric, dict(measure.conditions)) for measure in run.primaries]
     seen: dict[str, Measure] = {}
     for record in run.records:
         if "epoch" in record.conditions or (record.metric, record.conditions) in primaries:
             continue
         name = ", ".join([record.metric, *(f"{key} {value}" for key, value in record.conditions.items())])
-        better = "higher" if record.metric.startswith("accuracy") else "neither"
-        better = "lower" if record.metric == STEP_TIME else better
-        seen.setdefault(name, Measure(name, record.metric, record.conditions, better))
+        seen.setdefault(name, Measure(name, record.metric, record.conditions, _better(record.metric)))
     return list(seen.values())
 
 
@@ -197,7 +211,8 @@ def costs(run: Run) -> list[Cost]:
         logs = None if arm.label == BASELINE else paired_difference(_logs(baseline), _logs(values))
         ends = (None, None, None) if logs is None else (logs.mean, logs.low, logs.high)
         ratio, low, high = (None if end is None else math.exp(end) for end in ends)
-        found.append(Cost(arm, mean, sd, ratio, low, high))
+        pairs = 0 if logs is None else len(logs.seeds)
+        found.append(Cost(arm, mean, sd, pairs, ratio, low, high))
     return found
 
 
@@ -218,6 +233,12 @@ def _arm(label: str, entry: Mapping[str, Any], record: Record) -> ReportedArm:
     )
 
 
+def _better(metric: str) -> str:
+    if metric == STEP_TIME:
+        return "lower"
+    return "higher" if metric in (ACCURACY, EPS50) else "neither"
+
+
 def _row(run: Run, measure: Measure, arm: ReportedArm) -> Row:
     values = value_by_seed(run.records, measure.metric, arm.label, measure.conditions)
     mean, sd = mean_and_sd(values) if values else (None, None)
@@ -230,7 +251,7 @@ def _row(run: Run, measure: Measure, arm: ReportedArm) -> Row:
 
 def _bootstrap(run: Run, row: Row) -> tuple[float, float] | None:
     threat = row.measure.conditions
-    if row.arm.label == BASELINE or "threat" not in threat or not row.measure.metric.startswith("accuracy"):
+    if row.arm.label == BASELINE or "threat" not in threat or row.measure.metric != ACCURACY:
         return None
     standard, other = (
         [one for one in run.predictions.values() if one.arm == label] for label in (BASELINE, row.arm.label)

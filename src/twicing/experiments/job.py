@@ -3,7 +3,6 @@
 A part is a file: records and, where there are any, which images were right. A killed job goes on after its last part.
 """
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from twicing.adapters.surgery import spec
 from twicing.analysis.layer_similarity import layer_similarity
 from twicing.experiments.plan import Job
-from twicing.experiments.results import Correctness, Environment, Record, threat_key, write_json
+from twicing.experiments.results import Correctness, Environment, Record, read_json, threat_key, write_json
 from twicing.robustness.attacks import fgsm
 from twicing.robustness.noise import gaussian_noise
 from twicing.robustness.sweep import pgd_sweep
@@ -27,7 +26,7 @@ from twicing.training.split import Split, load_split, stream_seed
 
 ACCURACY = "accuracy [share of images]"
 # Streams of random numbers next to those of training (1 and 2 in training.split).
-NOISE_STREAM, ATTACK_STREAM = 3, 4
+NOISE_STREAM, ATTACK_STREAM, MECHANISM_STREAM = 3, 4, 5
 
 Progress = Callable[[str, float], None]
 
@@ -124,7 +123,10 @@ class Workbench:
         self.model.eval()
         for eps in self.job.recipe.evaluation.eps:
             result = fgsm(self.model, self.split.test_images, self.split.test_labels, Threat(eps))
-            part.add_accuracy({"threat": "fgsm", "eps": eps}, result.correct)
+            conditions = {"threat": "fgsm", "eps": eps}
+            part.add_accuracy(conditions, result.correct)
+            blind = Finding("share of zero gradients", result.zero_gradient_share, len(result.correct), conditions)
+            part.findings.append(blind)
         return part
 
     def pgd(self) -> Part:
@@ -171,6 +173,10 @@ PARTS: dict[str, tuple[Callable[[Workbench], Part], int]] = {
 }
 
 
+# These start from the initial weights, all others from the trained ones, whatever was finished before.
+BEFORE_TRAINING = ("initialisation", "training")
+
+
 def share_done(job: Job) -> float:
     """The share of the job's work whose parts are finished, in [0, 1]; exactly 1 when all are."""
     return sum(percent for name, (_, percent) in PARTS.items() if part_file(job, name).exists()) / 100
@@ -188,20 +194,30 @@ def run_job(job: Job, environment: Environment, progress: Progress) -> None:
         return
     job.folder.mkdir(parents=True, exist_ok=True)
     draw_seed = job.seed + job.arm.seed_offset
-    model = job.arm.apply(build_model(job.recipe, draw_seed))
+    model = converted_model(job, draw_seed)
 
     def part_progress(name: str, share: float) -> None:
         progress(name, share_done(job) + share * PARTS[name][1] / 100)
 
     bench = Workbench(job, load_split(job.recipe, job.seed), model, draw_seed, part_progress)
-    if "training" not in unfinished:
-        load_trained(model, job.folder)
+    trained = False
     for name in unfinished:
+        if name not in BEFORE_TRAINING and not trained:
+            load_trained(model, draw_seed, job.folder)
+            trained = True
         part_progress(name, 0.0)
         started = time.perf_counter()
         part = PARTS[name][0](bench)
         _write_part(job, name, part, bench, environment, time.perf_counter() - started)
     progress("done", 1.0)
+
+
+def converted_model(job: Job, draw_seed: int) -> nn.Module:
+    """The job's model before training. Weights that a mechanism brings along come from a stream of their own."""
+    model = build_model(job.recipe, draw_seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream_seed(draw_seed, MECHANISM_STREAM, 0))
+        return job.arm.apply(model)
 
 
 def read_job(job: Job) -> tuple[list[Record], Correctness]:
@@ -210,10 +226,13 @@ def read_job(job: Job) -> tuple[list[Record], Correctness]:
     correct: dict[str, Any] = {}
     index: list[int] = []
     for name in PARTS:
-        saved = json.loads(part_file(job, name).read_text(encoding="utf-8"))
-        records += [Record(**record) for record in saved["records"]]
-        correct |= {threat: np.array(values, dtype=np.bool_) for threat, values in saved["correct"].items()}
-        index = saved["index"]
+        saved = read_json(part_file(job, name))
+        try:
+            records += [Record(**record) for record in saved["records"]]
+            correct |= {threat: np.array(values, dtype=np.bool_) for threat, values in saved["correct"].items()}
+            index = saved["index"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{part_file(job, name)} is damaged: delete it and run the same command again.") from error
     return records, Correctness(job.arm.label, job.seed, np.array(index, dtype=np.int64), correct)
 
 

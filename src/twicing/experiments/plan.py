@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twicing.experiments.arms import Arm
-from twicing.experiments.results import Environment, write_json
+from twicing.experiments.results import Environment, read_json, write_json
 from twicing.training.recipe import Recipe
 
 CONFIG = "config.json"
@@ -30,7 +30,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison: every arm is trained with every seed. The same plan always gives the same numbers."""
+    """A comparison: every arm is trained with every seed. With the same machine and versions it decides all numbers."""
 
     recipe: Recipe
     arms: tuple[Arm, ...]
@@ -72,24 +72,28 @@ class Plan:
         return primary | {"conditions": conditions}
 
 
-def open_folder(folder: Path, plan: Plan, command: str, jobs: int, environment: Environment, started: str) -> None:
+def open_folder(
+    folder: Path, plan: Plan, command: str, jobs: int, environment: Environment, started: str
+) -> str | None:
     """Make the run folder with its config.json, or check that the one that is there is of the same plan.
 
+    Returns a sentence where it was begun with other versions or another commit of this library, else None.
     Raises ValueError where it holds another comparison, saying in what it differs, or something else altogether.
     """
     path = folder / CONFIG
     if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is broken ({error}): name another folder with --out.") from error
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise ValueError(f"{path} is not of a comparison: name another folder with --out.")
         difference = first_difference(found, plan.identity())
         if difference:
             raise ValueError(
                 f"{folder} holds another comparison ({difference}): "
                 "name another folder with --out, or give the command that made it to go on."
             )
-        return
+        here = {"versions": environment.versions, "commit": environment.commit}
+        difference = first_difference({"versions": {}, "commit": None} | found, here)
+        return difference and f"{folder} was begun elsewhere ({difference}): numbers may differ in their last digits."
     if folder.exists() and any(entry.name != ".lock" for entry in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no comparison: name another folder with --out.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +106,7 @@ def open_folder(folder: Path, plan: Plan, command: str, jobs: int, environment: 
         "started": started,
     }
     write_json(path, plan.identity() | where)
+    return None
 
 
 def first_difference(found: Any, wanted: Any, where: str = "") -> str | None:

@@ -11,18 +11,19 @@ from markupsafe import Markup, escape
 from twicing.experiments import figures
 from twicing.experiments.drawing import arm_styles
 from twicing.experiments.findings import (
+    ACCURACY,
     NOISE_FLOOR,
-    Row,
     Run,
     costs,
     exploratory_measures,
     exploratory_rows,
+    family_size,
     primary_rows,
     read_run,
 )
-from twicing.experiments.results import BASELINE, replace_file
-from twicing.experiments.sentences import SIMILARITY, SIMILARITY_CAVEAT, fewest_pairs, in_short, missing_seeds
-from twicing.experiments.statistics import number, p_text, seeds_caveat, signed
+from twicing.experiments.results import BASELINE, replace_file, select
+from twicing.experiments.sentences import caveats, in_short, missing_seeds
+from twicing.experiments.statistics import number, p_text, signed
 
 PAPERS = (
     (
@@ -86,6 +87,7 @@ def _page(run: Run) -> str:
     styles = arm_styles([arm.label for arm in arms])
     rows = primary_rows(run)
     measures = exploratory_measures(run)
+    made_with = _made_with(run)
     by_layer = [measure for measure in measures if "layer" in measure.conditions]
     return environment.get_template("report.html").render(
         run=run,
@@ -97,7 +99,7 @@ def _page(run: Run) -> str:
         sentences=in_short(run, rows),
         measures=run.primaries,
         rows=rows,
-        family=sum(row.arm.label != BASELINE and not row.arm.control for row in rows),
+        family=family_size(run),
         has_bootstrap=any(row.bootstrap for row in rows),
         differences=figures.differences(rows, styles),
         strength=figures.accuracy_against_strength(run.records, styles),
@@ -106,41 +108,32 @@ def _page(run: Run) -> str:
         seconds=figures.against_seconds(run.records, styles),
         costs=costs(run),
         exploratory=[
-            ("Accuracy and time", exploratory_rows(run, [one for one in measures if one not in by_layer])),
+            ("Accuracy, attacks and time", exploratory_rows(run, [one for one in measures if one not in by_layer])),
             ("Similarity and rank, by layer", exploratory_rows(run, by_layer)),
         ],
         controls=[arm for arm in arms if arm.control],
-        caveats=_caveats(run, rows),
+        caveats=caveats(run, rows),
         missing=missing_seeds(run),
         images=_images(run),
         published=_published(run),
+        initialisation=_initialisation(run),
         recipe=flatten(config.get("recipe", {})),
-        environment=_environment(run),
+        mixture=_mixture(made_with),
+        environment=_environment(run, made_with),
         papers=PAPERS,
     )
 
 
-def _caveats(run: Run, rows: Sequence[Row]) -> list[str]:
-    caveats = [seeds_caveat(fewest_pairs(run, rows))]
-    for row in rows:
-        if not row.arm.control and row.difference is not None and row.difference.half_width is not None:
-            smallest = f"a mean difference below +-{number(row.difference.half_width)}"
-            caveats.append(f"{row.measure.title}, {row.arm.label}: {smallest} (uncorrected).")
-    if any(record.metric == SIMILARITY for record in run.records):
-        caveats.append(SIMILARITY_CAVEAT)
-    if any(record.conditions.get("threat") in ("fgsm", "pgd") for record in run.records):
-        caveats.append(
-            "Attacks give an upper bound of the accuracy that a stronger attack would leave; "
-            "they do not prove that a model is robust."
-        )
-    return caveats
-
-
 def _images(run: Run) -> str:
-    counts = sorted({record.n for record in run.records if record.conditions.get("threat") == "clean"})
+    counts = sorted({record.n for record in select(run.records, metric=ACCURACY, conditions={"threat": "clean"})})
     if not counts:
         return ""
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def _initialisation(run: Run) -> str:
+    weights = str(run.config.get("recipe", {}).get("initialisation") or "").rstrip(".")
+    return f"Initialisation: {weights}." if weights else ""
 
 
 def _published(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
@@ -148,9 +141,25 @@ def _published(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
     return list(found.items())
 
 
-def _environment(run: Run) -> list[tuple[str, str]]:
-    config = run.config
-    lines = [(name, str(version)) for name, version in dict(config.get("versions", {})).items()]
-    lines.append(("commit", str(config.get("commit") or "not known (installed without git)")))
-    lines += [(key, str(config[key])) for key in ("device", "jobs", "started") if key in config]
-    return lines
+def _made_with(run: Run) -> dict[str, list[str]]:
+    """What the records were made with: a package's versions, the commits and devices, each in order of appearance."""
+    packages = dict.fromkeys(package for record in run.records for package in record.versions)
+    found = {package: [record.versions.get(package, "not recorded") for record in run.records] for package in packages}
+    found["commit"] = [record.commit or "not known (installed without git)" for record in run.records]
+    found["device"] = [record.device for record in run.records]
+    return {name: list(dict.fromkeys(values)) for name, values in found.items() if values}
+
+
+def _mixture(made_with: Mapping[str, Sequence[str]]) -> str:
+    parts = [f"{name} ({' and '.join(values)})" for name, values in made_with.items() if len(values) > 1]
+    if not parts:
+        return ""
+    return (
+        f"The records differ in {'; '.join(parts)}: this run was resumed elsewhere or after a change, "
+        "and a difference between arms may come from that alone."
+    )
+
+
+def _environment(run: Run, made_with: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    lines = [(name, ", ".join(values)) for name, values in made_with.items()]
+    return lines + [(key, str(run.config[key])) for key in ("jobs", "started") if key in run.config]

@@ -29,7 +29,9 @@ class Record:
     """One number and all that is needed to say where it came from.
 
     metric: its name with the unit, such as "accuracy [share of images]".
-    n: how many images (or tokens) the value is over. seconds: how long it took to compute.
+    n: how many images (or tokens) the value is over.
+    seconds: how long the whole part took that the number belongs to, such as its training or its evaluation; where
+    that was interrupted and resumed, its last stretch alone.
     conditions: what the metric alone does not say, such as {"threat": "pgd", "eps": "1/16"}.
     published: the paper's value, {"value", "protocol", "source", "status"}, or None.
     Raises ValueError where value or seconds is not finite: a diverged run must say so, not enter a mean.
@@ -84,6 +86,19 @@ def write_json(path: Path, value: Any) -> None:
     """Write one JSON value, indented for people; the file is replaced whole or not at all."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
     replace_file(path, lambda file: file.write(f"{text}\n".encode()))
+
+
+def read_json(path: Path) -> Any:
+    """Read one JSON value, such as `write_json` wrote.
+
+    Raises ValueError, naming the file and the remedy, where it is no JSON; FileNotFoundError where it is not there.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path}: expected JSON, got a broken file ({error}): delete it and run the same command again."
+        ) from error
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
@@ -207,7 +222,7 @@ class Environment:
     threads: int
 
 
-PACKAGES = ("twicing", "torch", "timm", "lightning", "numpy", "scipy", "scikit-learn")
+PACKAGES = ("twicing", "torch", "torchvision", "timm", "lightning", "numpy", "scipy", "scikit-learn")
 
 
 def environment(device: torch.device | str = "cpu") -> Environment:

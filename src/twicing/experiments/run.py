@@ -27,24 +27,34 @@ def run_plan(plan: Plan, folder: Path, *, side_by_side: int, command: str, conso
     """
     if side_by_side < 1:
         raise ValueError(f"--jobs must be 1 or larger: got {side_by_side}.")
-    # What cannot be built is refused before a folder is made.
-    for arm in plan.arms:
-        arm.apply(build_model(plan.recipe, 0))
+    _refuse_what_cannot_be_built(plan)
     where = environment()
+    jobs = plan.jobs(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with _alone_in(folder):
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        open_folder(folder, plan, command, side_by_side, where, started)
-        jobs = plan.jobs(folder)
+        warning = open_folder(folder, plan, command, min(side_by_side, len(jobs)), where, started)
+        if warning:
+            console.print(f"Note: {warning}", highlight=False, markup=False)
         unfinished = [job for job in jobs if share_done(job) < 1]
         if unfinished:
             side_by_side = min(side_by_side, len(unfinished))
-            console.print(_announcement(plan, len(jobs), len(jobs) - len(unfinished), side_by_side), highlight=False)
+            announcement = _announcement(plan, len(jobs), len(jobs) - len(unfinished), side_by_side)
+            console.print(announcement, highlight=False, markup=False)
             with JobProgress(jobs, console) as progress:
                 run_all(unfinished, side_by_side, where, progress.report)
         found = [read_job(job) for job in jobs]
         write_records(folder / RESULTS, [record for records, _ in found for record in records])
         write_predictions(folder / PREDICTIONS, [correct for _, correct in found])
+
+
+def _refuse_what_cannot_be_built(plan: Plan) -> None:
+    """Build every arm's model once, so that a wrong option is told before a folder is made."""
+    for arm in plan.arms:
+        try:
+            arm.apply(build_model(plan.recipe, 0))
+        except TypeError as error:
+            raise ValueError(f"{arm.label}: {error}") from error
 
 
 def _announcement(plan: Plan, total: int, finished: int, side_by_side: int) -> str:

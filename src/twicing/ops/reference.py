@@ -59,7 +59,8 @@ def attention_matrix(
     check_shapes(query, key, key, enable_gqa)
     check_mask(query, key, attn_mask, is_causal, enable_gqa)
     wide = torch.promote_types(query.dtype, torch.float32)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    # A width of 0 makes every score 0, whatever the scale.
+    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     key = to_query_heads(key, query, enable_gqa)
     with autocast_off(query.device):
         scores = scale * (query.to(wide) @ key.to(wide).mT)

@@ -1,6 +1,6 @@
 """Train an image classifier for a recipe: Lightning does the loop, and a killed training goes on to the same weights.
 
-AdamW with a one-cycle learning rate (arXiv 1708.07120). The last weights count; held-out images choose nothing.
+AdamW with a one-cycle learning rate (arXiv 1708.07120). The last weights count; no epoch is chosen.
 """
 
 import os
@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import lightning
@@ -65,9 +66,11 @@ def train_classifier(
     Raises ValueError where that checkpoint belongs to another seed or mechanism, FloatingPointError where the loss is
     not finite.
     """
+    checkpoint = folder / CHECKPOINT
+    if checkpoint.exists():
+        _check_checkpoint(_read_checkpoint(checkpoint), model, seed, checkpoint)
     # Lightning leaves the mode of a model as it finds it.
     model.train()
-    checkpoint = folder / CHECKPOINT
     bookkeeping = _Bookkeeping(checkpoint, recipe.epochs, progress)
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -98,10 +101,13 @@ def train_classifier(
     return bookkeeping.curve
 
 
-def load_trained(model: nn.Module, folder: Path) -> None:
-    """Load the weights that train_classifier() left in the folder into the model, which has to be of the same spec."""
-    saved = torch.load(folder / CHECKPOINT, weights_only=True)
-    _check_spec(saved, model, folder / CHECKPOINT)
+def load_trained(model: nn.Module, seed: int, folder: Path) -> None:
+    """Load the weights that train_classifier() left in the folder into the model.
+
+    Raises ValueError where they are of another mechanism or seed, or the file is damaged.
+    """
+    saved = _read_checkpoint(folder / CHECKPOINT)
+    _check_checkpoint(saved, model, seed, folder / CHECKPOINT)
     weights = {name.removeprefix("model."): w for name, w in saved["state_dict"].items() if name.startswith("model.")}
     model.load_state_dict(weights)
 
@@ -117,7 +123,8 @@ class _Classifier(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         images, labels = batch
         loss = F.cross_entropy(self.model(images), labels)
-        self.loss.update(loss.detach(), weight=len(labels))
+        # Once for every image: with nan_strategy="disable", torchmetrics 1.9 ignores the weight argument.
+        self.loss.update(loss.detach().expand(len(labels)))
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -141,14 +148,6 @@ class _Classifier(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Weights do not know their formula.
         checkpoint["twicing"] = {"spec": spec(self.model), "recipe": self.recipe.name, "seed": self.seed}
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        _check_spec(checkpoint, self.model, Path(CHECKPOINT))
-        if checkpoint["twicing"]["seed"] != self.seed:
-            raise ValueError(
-                f"the checkpoint is one of seed {checkpoint['twicing']['seed']}, and this training's is {self.seed}: "
-                "give each training a folder of its own."
-            )
 
 
 class _Bookkeeping(lightning.Callback):
@@ -195,10 +194,29 @@ class _Bookkeeping(lightning.Callback):
         self.seconds = state_dict["seconds"]
 
 
-def _check_spec(checkpoint: dict[str, Any], model: nn.Module, path: Path) -> None:
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: delete training.json beside it and run the same command again.") from None
+    except PermissionError:
+        raise
+    except (RuntimeError, EOFError, UnpicklingError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged: delete it and training.json beside it, and run the same command again."
+        ) from error
+    return checkpoint
+
+
+def _check_checkpoint(checkpoint: dict[str, Any], model: nn.Module, seed: int, path: Path) -> None:
     saved, own = checkpoint["twicing"]["spec"], spec(model)
     if saved != own:
         raise ValueError(
             f"{path} holds weights of another formula: it was trained with {saved or 'standard attention'}, and the "
             f"model has {own or 'standard attention'}. Convert the model with the checkpoint's spec first."
+        )
+    if checkpoint["twicing"]["seed"] != seed:
+        raise ValueError(
+            f"{path} is one of seed {checkpoint['twicing']['seed']}, and this training's is {seed}: "
+            "give each training a folder of its own."
         )

@@ -5,9 +5,17 @@ The protocol of `digits` is this library's own: no paper trains on these images.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import isfinite
 from typing import Any, Literal
 
+from twicing.data.digits import FOLDS
 from twicing.names import listed
+from twicing.robustness.attacks import PgdPlan
+from twicing.robustness.threat import Threat, as_fraction
+
+# Facts of a recipe and its data, which --set cannot change.
+FIXED = {"settable": False}
 
 PGD_HEADLINE = "1/16"
 
@@ -38,22 +46,36 @@ class Evaluation:
     pgd_restarts: int = 1
     """Restarts of PGD; each is one run per loss (cross-entropy and margin), each from its own random start."""
 
+    def __post_init__(self) -> None:
+        # What cannot be measured is refused here, and not after a training.
+        for sd in self.noise:
+            if as_fraction(sd, "evaluation.noise") <= 0:
+                raise ValueError(f"evaluation.noise must be above 0: got {sd}.")
+        sizes = [Threat(eps).eps for eps in self.eps]
+        if not sizes or sizes[0] == 0 or any(low >= high for low, high in pairwise(sizes)):
+            raise ValueError(f"evaluation.eps must be sizes above 0 in ascending order: got {', '.join(self.eps)}.")
+        PgdPlan(self.pgd_steps, None, self.pgd_restarts, ("cross-entropy", "margin"), random_start=True)
+
 
 @dataclass(frozen=True)
 class Recipe:
     """All that defines a training and its evaluation; everything else follows from it and the seed."""
 
-    name: str
-    title: str
+    name: str = field(metadata=FIXED)
+    title: str = field(metadata=FIXED)
     """What is trained on what, in a few words; {depth} stands for the number of layers."""
-    limits: str
+    limits: str = field(metadata=FIXED)
     """What the experiment cannot tell, said first in its report."""
     data: Literal["digits"]
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    image_size: int
-    channels: int
-    classes: int
+    image_size: int = field(metadata=FIXED)
+    channels: int = field(metadata=FIXED)
+    classes: int = field(metadata=FIXED)
+    folds: int = field(metadata=FIXED)
+    """The data are cut into so many parts, and seed k holds out part k (k wraps around)."""
+    initialisation: str = field(metadata=FIXED)
+    """How weights are drawn, in one sentence."""
     patch_size: int
     depth: int
     width: int
@@ -87,11 +109,23 @@ class Recipe:
             )
         if not 0 < self.warmup_share < 1:
             raise ValueError(f"warmup_share must lie between 0 and 1: got {self.warmup_share}.")
-        if self.learning_rate <= 0 or self.weight_decay < 0 or self.mlp_ratio <= 0:
+        for name, lowest in (("learning_rate", 0.0), ("mlp_ratio", 0.0), ("weight_decay", None)):
+            value = getattr(self, name)
+            if not isfinite(value) or (value < 0 if lowest is None else value <= lowest):
+                bound = "0 or larger" if lowest is None else "above 0"
+                raise ValueError(f"{name} must be a finite number {bound}: got {value}.")
+        if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std) <= 0:
             raise ValueError(
-                "learning_rate and mlp_ratio must be above 0, and weight_decay 0 or larger: got "
-                f"{self.learning_rate}, {self.mlp_ratio} and {self.weight_decay}."
+                f"mean and std must have one number for each of the {self.channels} channels, std above 0: got "
+                f"{self.mean} and {self.std}."
             )
+        for primary in self.primary:
+            eps = primary.conditions.get("eps")
+            if eps is not None and eps not in self.evaluation.eps:
+                raise ValueError(
+                    f"evaluation.eps must contain {eps}, spelt so, as {primary.name!r} is a primary metric: got "
+                    f"{', '.join(self.evaluation.eps)}."
+                )
 
 
 def digits() -> Recipe:
@@ -107,6 +141,8 @@ def digits() -> Recipe:
         image_size=8,
         channels=1,
         classes=10,
+        folds=FOLDS,
+        initialisation="Xavier-uniform weights, with which the tokens of so deep a model are alike before training",
         patch_size=2,
         depth=12,
         width=64,
@@ -114,7 +150,7 @@ def digits() -> Recipe:
         mlp_ratio=2.0,
         # Standard attention reaches .92 after ten epochs and gains little after these. Small batches, because 64 images
         # a batch take three times as long to get there.
-        epochs=14,
+        epochs=12,
         batch_size=16,
         learning_rate=1e-3,
         weight_decay=0.05,

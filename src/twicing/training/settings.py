@@ -27,9 +27,12 @@ def apply_settings(config: Config, settings: Iterable[str]) -> Config:
 
 
 def settable_keys(config: object, prefix: str = "") -> dict[str, Any]:
-    """All keys that apply_settings() takes, with their values."""
+    """All keys that apply_settings() takes, with their values; fields marked as fixed are none."""
     keys: dict[str, Any] = {}
+    fixed = {field.name for field in dataclasses.fields(config) if not field.metadata.get("settable", True)}  # type: ignore[arg-type]
     for name, annotation in _fields(config).items():
+        if name in fixed:
+            continue
         value = getattr(config, name)
         if dataclasses.is_dataclass(value):
             keys |= settable_keys(value, f"{prefix}{name}.")

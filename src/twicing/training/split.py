@@ -34,9 +34,9 @@ class Split:
 
 
 def load_split(recipe: Recipe, fold_number: int) -> Split:
-    """The recipe's images with the given fold held out (fold k of six for `digits`; k wraps around)."""
+    """The recipe's images with the given fold held out (fold k of recipe.folds; k wraps around)."""
     images, labels = SOURCES[recipe.data]()
-    train, test = fold(labels, fold_number)
+    train, test = fold(labels, fold_number, recipe.folds)
     return Split(images[train], labels[train], images[test], labels[test], test)
 
 

@@ -1,0 +1,119 @@
+"""What a page says of its own limits: overlapping folds, blind attacks, missing eps50, and mixed versions."""
+
+import json
+import re
+
+import pytest
+from made_up_run import ACCURACY, one_by_seed, one_record, write_folder
+
+from twicing.experiments.findings import read_run
+from twicing.experiments.report import write_report
+from twicing.experiments.sentences import caveats
+
+CLEAN, PGD, FGSM = {"threat": "clean"}, {"threat": "pgd", "eps": "1/16"}, {"threat": "fgsm", "eps": "1/16"}
+EPS50, BLIND = "eps50 [share of pixel range]", "share of zero gradients"
+BOTH = [one_record(ACCURACY, 0.5, seed, arm, CLEAN) for seed in (0, 1) for arm in ("standard", "twicing")]
+
+
+def said(folder, records, **changes):
+    return " ".join(caveats(read_run(write_folder(folder, records, **{"primary": []} | changes)), []))
+
+
+def text_of(folder, records, **changes):
+    page = write_report(write_folder(folder, records, **{"primary": []} | changes)).read_text()
+    return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page))
+
+
+def made_with(folder, records, **changes):
+    page = text_of(folder, records, **changes)
+    return page[page.index("Made with") :]
+
+
+def test_folds_overlap_and_the_page_says_so(tmp_path):
+    sentence = (
+        "their training sets overlap: the differences are not independent, and a t interval tends to be too narrow"
+    )
+    assert sentence in said(tmp_path / "folds", BOTH, recipe={"folds": 6})
+    assert sentence in text_of(tmp_path / "page", BOTH, recipe={"folds": 6})
+    assert "overlap" not in said(tmp_path / "none", BOTH, recipe={"epochs": 2})
+
+
+def test_a_blind_attack_is_named_with_its_arms(tmp_path):
+    records = [
+        *BOTH,
+        *one_by_seed(BLIND, [0.55, 0.83], "twicing", FGSM),
+        *one_by_seed(BLIND, [0.5, 0.1], "standard", FGSM),
+    ]
+    sentence = (
+        "The attack was blind there: FGSM at eps 1/16 on twicing met gradients of which more than half of the entries "
+        "are exactly zero (up to 83 %), so the accuracy that it left says nothing about robustness."
+    )
+    assert sentence in said(tmp_path / "blind", records)
+    seeing = [*BOTH, *one_by_seed(BLIND, [0.5, 0.1], "standard", FGSM)]
+    assert "blind" not in said(tmp_path / "seeing", seeing)
+
+
+def test_models_without_eps50_are_named(tmp_path):
+    pgd = [one_record(ACCURACY, 0.5, seed, arm, PGD) for seed in (0, 1) for arm in ("standard", "twicing")]
+    have = [one_record(EPS50, 1 / 32, seed, "standard", {"threat": "pgd"}) for seed in (0, 1)]
+    have.append(one_record(EPS50, 1 / 16, 0, "twicing", {"threat": "pgd"}))
+    sentence = "eps50 has no value for twicing seed 1, where more than half of the images withstood the largest eps"
+    assert sentence in said(tmp_path / "one", [*pgd, *have])
+    assert "eps50" not in said(tmp_path / "never-measured", pgd)
+    complete = [*have, one_record(EPS50, 1 / 16, 1, "twicing", {"threat": "pgd"})]
+    assert "eps50" not in said(tmp_path / "complete", [*pgd, *complete])
+
+
+def test_metrics_nobody_knew_of_are_exploratory(tmp_path):
+    records = [
+        *one_by_seed(EPS50, [1 / 32, 1 / 16], "standard", {"threat": "pgd"}),
+        *one_by_seed(EPS50, [1 / 16, 1 / 16], "twicing", {"threat": "pgd"}),
+        *one_by_seed(BLIND, [0.25, 0.5], "standard", FGSM),
+        *one_by_seed(BLIND, [0.5, 0.5], "twicing", FGSM),
+    ]
+    page = text_of(tmp_path, records)
+    exploratory = page[page.index("Exploratory, uncorrected") : page.index("What this could not have shown")]
+    assert "Accuracy, attacks and time: 2 comparisons" in exploratory
+    assert "eps50 [share of pixel range], threat pgd" in exploratory
+    assert "share of zero gradients, threat fgsm, eps 1/16" in exploratory
+
+
+def test_versions_and_commit_are_those_of_the_records(tmp_path):
+    page = made_with(tmp_path, BOTH, versions={"torch": "0.0"}, commit="of the configuration")
+    assert " torch 7.1 numpy 9.2 commit c0ffee device CPU, made up jobs 2 " in page
+    assert "The records differ" not in page
+    assert "of the configuration" not in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"versions": {"torch": "7.2", "numpy": "9.2"}}, "torch (7.1 and 7.2)"),
+        ({"versions": {"torch": "7.1"}}, "numpy (9.2 and not recorded)"),
+        ({"commit": None}, "commit (c0ffee and not known (installed without git))"),
+        ({"commit": "c0ffee+changes"}, "commit (c0ffee and c0ffee+changes)"),
+        ({"device": "GPU"}, "device (CPU, made up and GPU)"),
+    ],
+    ids=["version", "package", "no-commit", "edited", "device"],
+)
+def test_a_run_resumed_under_other_versions_says_so(tmp_path, changes, difference):
+    later = one_record(ACCURACY, 0.5, 2, "standard", CLEAN, **changes)
+    assert (
+        f"The records differ in {difference}: this run was resumed elsewhere or after a change, and a difference "
+        "between arms may come from that alone."
+    ) in made_with(tmp_path, [*BOTH, later])
+
+
+def test_the_method_names_the_initialisation(tmp_path):
+    weights = "Xavier-uniform weights, with which tokens are alike"
+    assert f"is evaluated. Initialisation: {weights}. " in text_of(
+        tmp_path / "named", BOTH, recipe={"initialisation": weights}
+    )
+    assert "Initialisation" not in text_of(tmp_path / "not", BOTH, recipe={})
+
+
+def test_a_configuration_that_is_no_text_is_one_sentence(tmp_path):
+    folder = write_folder(tmp_path, BOTH)
+    (folder / "config.json").write_bytes(b"\xff\xfe\x00" + json.dumps({}).encode())
+    with pytest.raises(ValueError, match=r"config\.json is broken .*in another folder"):
+        read_run(folder)
