@@ -56,11 +56,11 @@ def test_every_job_has_a_folder_of_its_own(tmp_path):
     jobs = plan.jobs(tmp_path)
     assert len({job.folder for job in jobs}) == len(jobs) == 12
     assert [(job.arm.label, job.seed) for job in jobs[:5]] == [
-        ("standard", 0),
-        ("twicing", 0),
-        ("smooth-more", 0),
         ("standard (other seeds)", 0),
-        ("standard", 1),
+        ("smooth-more", 0),
+        ("twicing", 0),
+        ("standard", 0),
+        ("standard (other seeds)", 1),
     ]
 
 
@@ -96,9 +96,9 @@ def test_progress_tells_every_finished_training_and_the_time_left(tmp_path, term
     written = io.StringIO()
     console = Console(file=written, force_terminal=terminal, width=100)
     with JobProgress(jobs, console) as progress:
-        progress.report(jobs[0], "training", 0.4)
-        progress.report(jobs[1], "pgd", 0.9)
-        progress.report(jobs[0], "done", 1.0)
+        progress.report(jobs[1], "training", 0.4)
+        progress.report(jobs[0], "pgd", 0.9)
+        progress.report(jobs[1], "done", 1.0)
     text = written.getvalue()
     if terminal:
         for shown in ("all 2 trainings", "twicing, seed 0", "pgd", "time left)"):

@@ -41,11 +41,15 @@ class Plan:
             raise ValueError("a comparison needs at least one seed: got none.")
 
     def jobs(self, folder: Path) -> list[Job]:
-        """All trainings. Arms vary fastest, so that a seed's pair is complete before the next seed starts."""
+        """All trainings, in the order in which they are started.
+
+        Arms vary fastest, so that a seed's pair is complete before the next seed starts. The baseline comes last, as it
+        is the quickest: with the longest job started last, all cores but one would wait for it.
+        """
         return [
             Job(self.recipe, arm, seed, folder / f"{arm.folder_name}-seed{seed}")
             for seed in self.seeds
-            for arm in self.arms
+            for arm in reversed(self.arms)
         ]
 
     def identity(self) -> dict[str, Any]:

@@ -1,0 +1,76 @@
+"""Twicing on the CPU at little more than the cost of its arithmetic: a few heads at a time, A in a buffer in the cache.
+
+Its own backward keeps nothing of size N x N (the algebra is in forward.py and backward.py). No compiler is needed.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from twicing.ops.blocked.operator import blocked_forward
+from twicing.ops.call import Call
+
+ABOUT = "on the CPU: A made once, a few heads at a time in a reused buffer, with its own backward; O(N) memory + 64 MiB"
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def refuses(call: Call) -> str | None:
+    """Other devices, dtypes and orders are refused, and derivatives by torch.func."""
+    instead = "Use backend='sdpa' or 'reference' (or 'auto')."
+    if call.query.device.type != "cpu":
+        return f"it works on the CPU, and the query is on {call.query.device}. {instead}"
+    if call.query.dtype not in DTYPES:
+        return f"it computes in {', '.join(map(str, DTYPES))}, and the query is {call.query.dtype}. {instead}"
+    if call.order != 2:
+        return f"it has order 2 only, and the order is {call.order}. {instead}"
+    if _inside_torch_func_derivative():
+        return f"torch.func.grad and its kin cannot differentiate an operator with its own backward. {instead}"
+    return None
+
+
+def run(call: Call) -> Tensor:
+    """U = A R, A made once. Dropout draws a seed from torch's default generator, as SDPA draws its mask."""
+    query, key, value = call.query, call.key, call.value
+    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    heads = query.shape[-3:-2]
+    if not call.enable_gqa:
+        heads = torch.broadcast_shapes(heads, key.shape[-3:-2], value.shape[-3:-2])
+    key_heads = key.shape[-3:-2] if call.enable_gqa else heads
+    gain = call.gain if isinstance(call.gain, Tensor) else torch.full((1,), call.gain, dtype=torch.float64)
+    inputs = (
+        _with_four_axes(query, batch, heads),
+        _with_four_axes(key, batch, key_heads),
+        _with_four_axes(value, batch, key_heads),
+        None if call.attn_mask is None else _mask_with_four_axes(call.attn_mask, batch),
+        gain.reshape(-1),
+    )
+    seed = torch.randint(1 << 62, ()) if call.dropout_p > 0.0 else None
+    scale = 1.0 / math.sqrt(query.shape[-1]) if call.scale is None else call.scale
+    is_training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
+    output, _, _ = blocked_forward(*inputs, seed, call.dropout_p, call.is_causal, scale, is_training)
+    return output.reshape(*batch, *heads, *output.shape[-2:])
+
+
+def _with_four_axes(tensor: Tensor, batch: torch.Size, heads: torch.Size) -> Tensor:
+    """[..., N, D] broadcast to its leading axes, as [B, H, N, D]."""
+    last = tensor.shape[-2:]
+    return tensor.expand(*batch, *heads, *last).reshape(math.prod(batch), math.prod(heads), *last)
+
+
+def _mask_with_four_axes(mask: Tensor, batch: torch.Size) -> Tensor:
+    """A mask that broadcasts to [..., H, N, N] as [B or 1, H or 1, N or 1, N or 1]."""
+    last = (*(1,) * (3 - mask.dim()), *mask.shape[-3:])
+    if math.prod(mask.shape[:-3]) == 1:
+        return mask.reshape(1, *last)
+    return mask.expand(*batch, *last).reshape(math.prod(batch), *last)
+
+
+def _inside_torch_func_derivative() -> bool:
+    """Whether torch.func.grad, vjp, jvp or the like is at work. (Under torch.compile, torch says so itself.)"""
+    if torch.compiler.is_compiling():
+        return False
+    functorch = torch._C._functorch
+    derivatives = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
+    return any(level.key() in derivatives for level in functorch.get_interpreter_stack() or ())

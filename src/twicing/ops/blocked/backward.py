@@ -1,0 +1,161 @@
+"""The backward of a box of heads, by blocks of rows of A. With G = dL/dU, O = A V, R = V + g (V - O), U = A R:
+
+    dR = A^T G                          dV = (1+g) dR - g A^T dR              dg = sum dR * (V - O)
+    dA = G R^T - g dR V^T               delta_i = G_i . U_i - g dR_i . O_i    dS = A * (dA - delta)
+    dQ = scale dS K                     dK = scale dS^T Q                     dMask = dS
+
+A = diag(c) P, where P = exp(S - shift) is made again: c multiplies the rows of G, g dR and delta instead of those of A.
+Without a causal order all of dR comes first: two sweeps over the blocks. With it, dR of the last rows is final once
+their block is, so that one sweep from the last block to the first does both.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twicing.ops.blocked.plan import Plan
+from twicing.ops.blocked.scratch import Scratch
+from twicing.ops.blocked.weights import Heads
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What the forward left behind for G heads, and G: all [G, N, Dv], the row terms (shift and c) [G, N, 2]."""
+
+    upstream: Tensor
+    output: Tensor
+    smoothed: Tensor
+    row_terms: Tensor
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What is filled: [G, N, D], [G, N, D], [G, N, Dv], [G, 1, 1]; the mask's, [b, h, N, N] or less, is added to."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    gain: Tensor | None
+    attn_mask: Tensor | None
+
+
+class Backward:
+    """The backward of one box after another, with one set of buffers."""
+
+    def __init__(self, plan: Plan, value_width: int, scratch: Scratch, *, has_dropout: bool):
+        self.plan = plan
+        self.block = scratch.take(plan.kept_size)
+        self.d_block = scratch.take(plan.block_size)
+        self.dropped = scratch.take(plan.block_size if has_dropout else 0)
+        widths = (2 * value_width + 1, 2 * value_width + 1, value_width, value_width, 1)
+        self.room = [scratch.take(plan.heads, plan.tokens, width) for width in widths]
+
+    def run(self, heads: Heads, saved: Saved, gradients: Gradients) -> None:
+        """Fill the gradients."""
+        room = (tensor[: len(saved.output)] for tensor in self.room)
+        box = _Box(heads, saved, gradients, self.d_block, self.dropped, *room)
+        box.prepare()
+        blocks = self.plan.row_blocks()
+        if heads.is_causal:
+            for rows in reversed(blocks):
+                weights = box.make(self.block, rows)
+                box.to_boosted(weights, rows, first=rows.stop == heads.tokens)
+                box.complete(rows)
+                box.to_inputs(weights, rows, first=rows.stop == heads.tokens)
+        else:
+            for rows in blocks:
+                weights = box.make(self.plan.place(self.block, rows), rows)
+                box.to_boosted(weights, rows, first=rows.start == 0)
+            box.complete(slice(0, heads.tokens))
+            for rows in blocks:
+                weights = heads.block(self.plan.place(self.block, rows), rows)
+                if not self.plan.keeps:
+                    box.make(self.block, rows)
+                box.to_inputs(weights, rows, first=rows.start == 0)
+        box.finish()
+
+
+@dataclass(frozen=True)
+class _Box:
+    """One box, and its buffers: c [G, -g dR, -delta] and [R, V, 1], whose product is c (dA - delta); dR, c delta."""
+
+    heads: Heads
+    saved: Saved
+    gradients: Gradients
+    d_block: Tensor
+    dropped: Tensor
+    left: Tensor
+    right: Tensor
+    d_boosted: Tensor
+    products: Tensor
+    delta: Tensor
+
+    @property
+    def first(self) -> slice:
+        """The columns of G in left, and of R in right."""
+        return slice(0, self.heads.value.shape[-1])
+
+    @property
+    def second(self) -> slice:
+        """The columns of -g dR in left, and of V in right."""
+        return slice(self.heads.value.shape[-1], 2 * self.heads.value.shape[-1])
+
+    def prepare(self) -> None:
+        """Fill what is known before the first block."""
+        heads, saved = self.heads, self.saved
+        torch.mul(saved.upstream, saved.row_terms[:, :, 1:], out=self.left[:, :, self.first])
+        self.left[:, :, -1:] = 0.0
+        torch.lerp(saved.smoothed, heads.value, heads.gain_and_one, out=self.right[:, :, self.first])
+        self.right[:, :, self.second] = heads.value
+        self.right[:, :, -1:] = 1.0
+
+    def make(self, buffer: Tensor, rows: slice) -> Tensor:
+        """P of these rows."""
+        return self.heads.weights(self.heads.block(buffer, rows), rows, self.saved.row_terms[:, rows, :1])
+
+    def to_boosted(self, weights: Tensor, rows: slice, *, first: bool) -> None:
+        """dR += A^T G."""
+        d_boosted = self.d_boosted[:, self.heads.columns(rows)]
+        d_boosted.baddbmm_(self.drop(weights, rows).mT, self.left[:, rows, self.first], beta=0 if first else 1)
+
+    def complete(self, rows: slice) -> None:
+        """-g dR and delta, where dR is final."""
+        saved, left = self.saved, self.left[:, rows]
+        d_smoothed = torch.mul(self.d_boosted[:, rows], -self.heads.gain, out=left[:, :, self.second])
+        d_smoothed.mul_(saved.row_terms[:, rows, 1:])
+        products = torch.mul(left[:, :, self.first], saved.output[:, rows], out=self.products[:, rows])
+        products.addcmul_(d_smoothed, saved.smoothed[:, rows])
+        delta = torch.sum(products, -1, keepdim=True, out=self.delta[:, rows])
+        if self.heads.dropout is None:
+            torch.neg(delta, out=left[:, :, -1:])
+        else:
+            # Dropout enlarged c for what it keeps, but delta belongs to all of A.
+            delta.mul_(1.0 - self.heads.dropout.share)
+
+    def to_inputs(self, weights: Tensor, rows: slice, *, first: bool) -> None:
+        """dV -= g A^T dR; dS, and what it gives to queries, keys and mask."""
+        heads, gradients, columns = self.heads, self.gradients, self.heads.columns(rows)
+        left, beta = self.left[:, rows], 0 if first else 1
+        gradients.value[:, columns].baddbmm_(self.drop(weights, rows).mT, left[:, :, self.second], beta=beta)
+        d_scores = heads.block(self.d_block, rows)
+        torch.bmm(left, self.right[:, columns].mT, out=d_scores)
+        if heads.dropout is not None:
+            d_scores.mul_(heads.kept(self.dropped, rows)).sub_(self.delta[:, rows])
+        d_scores.mul_(weights)
+        gradients.query[:, rows].baddbmm_(d_scores, heads.key[:, columns], beta=0, alpha=heads.scale)
+        gradients.key[:, columns].baddbmm_(d_scores.mT, heads.query[:, rows], beta=beta, alpha=heads.scale)
+        if gradients.attn_mask is not None:
+            part = heads.mask_rows(gradients.attn_mask, rows)
+            part += heads.by_entry(d_scores).sum_to_size(part.shape)
+
+    def finish(self) -> None:
+        """dV += (1+g) dR, and dg."""
+        self.gradients.value.addcmul_(self.d_boosted, self.heads.gain_and_one)
+        if self.gradients.gain is not None:
+            left_behind = self.heads.value - self.saved.smoothed
+            torch.sum(left_behind.mul_(self.d_boosted), (-2, -1), keepdim=True, out=self.gradients.gain)
+
+    def drop(self, weights: Tensor, rows: slice) -> Tensor:
+        """What dropout leaves of P; c makes up for the rest."""
+        return weights if self.heads.dropout is None else self.heads.kept(self.dropped, rows).mul_(weights)
