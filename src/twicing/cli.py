@@ -15,6 +15,8 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"twicing: the commands need {error.name}, which is missing: pip install 'twicing[lab]'") from None
 
+from twicing.experiments.bench.options import DecodeOptions, ModelOptions, OpsOptions
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -80,9 +82,26 @@ class Env:
     """Print versions, device and commit, to paste into a bug report."""
 
 
+@dataclass(frozen=True)
+class Bench:
+    """Time attention, cached decoding or a model: correctness first, every ratio taken in one run.
+
+    Writes a CSV with machine, versions and commit, and a plot.
+
+    Example: twicing bench ops
+    """
+
+    what: (
+        Annotated[OpsOptions, tyro.conf.subcommand("ops")]
+        | Annotated[DecodeOptions, tyro.conf.subcommand("decode")]
+        | Annotated[ModelOptions, tyro.conf.subcommand("model")]
+    )
+
+
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Env, tyro.conf.subcommand("env")]
 )
 
@@ -95,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="twicing",
         description="Twicing Attention and its relatives: fair comparisons from the command line.",
         args=given,
+        # --shapes, not --what.shapes
+        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
     try:
         _run(command, shlex.join(["twicing", *given]))
@@ -112,13 +133,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ) from None
 
 
-def _run(command: Compare | Train | Env, typed: str) -> None:
+def _run(command: Compare | Train | Bench | Env, typed: str) -> None:
     # Imported here, so that --help and a misspelt option answer at once.
     from rich.console import Console
 
     console = Console()
     if isinstance(command, Env):
         _print_environment(console)
+        return
+    if isinstance(command, Bench):
+        _bench(command.what, console)
         return
     from twicing.experiments.compare import compare, cores, train
     from twicing.experiments.processes import JobFailedError
@@ -156,6 +180,26 @@ def _run(command: Compare | Train | Env, typed: str) -> None:
             print(f"Results: {results}")
     except JobFailedError as error:
         raise SystemExit(f"twicing: {error}") from None
+
+
+def _bench(options: OpsOptions | DecodeOptions | ModelOptions, console: Console) -> None:
+    from twicing.experiments.bench.rich_screen import RichScreen
+
+    screen = RichScreen(console)
+    if isinstance(options, OpsOptions):
+        from twicing.experiments.bench.ops import bench_ops
+
+        finished = bench_ops(options, screen)
+    elif isinstance(options, DecodeOptions):
+        from twicing.experiments.bench.decode import bench_decode
+
+        finished = bench_decode(options, screen)
+    else:
+        from twicing.experiments.bench.model import bench_model
+
+        finished = bench_model(options, screen)
+    if not finished:
+        raise SystemExit(130)
 
 
 def _print_environment(console: Console) -> None:

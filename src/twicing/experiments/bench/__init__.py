@@ -1,0 +1,1 @@
+"""`twicing bench`: what attention costs, correctness first, every ratio taken in one run."""

@@ -1,0 +1,61 @@
+"""The floor, and the memory beside it: the arithmetic that DESIGN states, and what a process really takes."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from twicing.experiments.bench.cases import FORWARD, PASSES, TRAINING, parse_case
+from twicing.experiments.bench.floor import TRAINING_FLOOR, forward_floor, product_of
+from twicing.experiments.bench.memory import _CLEAR, Measurement, peak_growth
+
+CPU = torch.device("cpu")
+
+
+def test_floors():
+    assert pytest.approx(10 / 7) == TRAINING_FLOOR
+    # The products of the arithmetic: standard attention 2 units, one more product 1.
+    assert forward_floor(2.0, 1.0) == 1.5
+
+
+@pytest.mark.parametrize(
+    ("shape", "share"),
+    [("2x3x64x16", 1.0), ("1x2x256x16-causal", 5 / 8), ("1x1x2048x8-causal", 17 / 32)],
+)
+def test_the_product_is_one_for_all_heads_and_of_the_triangle_where_causal(shape, share):
+    case = parse_case(shape, torch.float32, CPU)
+    with FlopCounterMode(display=False) as counter:
+        product_of(case)()
+    assert counter.get_total_flops() == 2 * share * case.batch * case.heads * case.tokens**2 * case.width
+
+
+def test_heads_share_a_matrix_where_all_would_not_fit(monkeypatch):
+    monkeypatch.setattr("twicing.experiments.bench.floor.MOST_BYTES", 4 * 64 * 64 * 2)
+    case = parse_case("1x5x64x16", torch.float32, CPU)
+    parts = product_of(case)()
+    assert [len(part) for part in parts] == [2, 2, 1], "two heads at a time, and every head once"
+
+
+@pytest.mark.skipif(not _CLEAR.exists(), reason="the peak of the resident set is known on Linux only")
+def test_memory_of_the_dense_form_is_quadratic_and_that_of_sdpa_is_not():
+    case = parse_case("1x2x2048x16", torch.float32, CPU)
+    matrix = 4 * 2 * 2048**2
+    grown = {
+        (name, passes): peak_growth(Measurement(name, case, passes, threads=1))
+        for name in ("SDPA", "dense")
+        for passes in PASSES
+    }
+    assert grown["dense", FORWARD] >= 2 * matrix, "scores and A"
+    assert grown["dense", TRAINING] >= 2 * matrix
+    assert max(grown["SDPA", passes] for passes in PASSES) < matrix / 2
+
+
+@pytest.mark.skipif(not _CLEAR.exists(), reason="the peak of the resident set is known on Linux only")
+def test_what_making_the_inputs_took_is_not_counted():
+    """Inputs are drawn in fp32, 50 MB here; the call itself needs its output, 33.6 MB, and little else."""
+    case = parse_case("16x64x64x64", torch.float64, CPU)
+    assert 33e6 <= peak_growth(Measurement("SDPA", case, FORWARD, threads=1)) < 40e6
+
+
+def test_what_is_compiled_has_no_memory_on_the_cpu():
+    case = parse_case("1x1x8x8", torch.float32, CPU)
+    assert peak_growth(Measurement("dense, compiled", case, FORWARD, threads=1)) is None

@@ -1,0 +1,42 @@
+"""Times of `twicing bench`: who runs when, how often, and what becomes of the numbers."""
+
+import time
+
+import pytest
+import torch
+
+from twicing.experiments.bench.timing import LEAST_SAMPLES, interleaved, spread
+
+CPU = torch.device("cpu")
+
+
+def test_a_spread_is_median_quartiles_and_mean():
+    found = spread([4.0, 1.0, 3.0, 2.0, 10.0])
+    assert (found.lower, found.median, found.upper, found.mean, found.samples) == (2.0, 3.0, 4.0, 4.0, 5)
+
+
+def test_every_round_begins_with_another_contender():
+    seen = []
+    calls = {name: lambda name=name: seen.append(name) for name in "abc"}
+    interleaved(calls, CPU, repeats=4, seconds=10.0)
+    rounds = "".join(seen).removeprefix("aaabbbccc")
+    assert rounds == "abc" + "bca" + "cab" + "abc"
+
+
+def test_ratios_are_those_of_the_work():
+    calls = {"one": lambda: time.sleep(0.004), "two": lambda: time.sleep(0.008)}
+    found = interleaved(calls, CPU, repeats=9, seconds=10.0)
+    assert found["one"].median == pytest.approx(4.0, abs=2.0)
+    assert found["two"].median / found["one"].median == pytest.approx(2.0, abs=0.5)
+
+
+def test_a_slow_contender_stops_at_its_time_and_the_others_go_on():
+    calls = {"slow": lambda: time.sleep(0.01), "fast": lambda: None}
+    found = interleaved(calls, CPU, repeats=30, seconds=0.05)
+    assert LEAST_SAMPLES <= found["slow"].samples <= 6
+    assert found["fast"].samples == 30
+
+
+def test_three_samples_are_taken_however_little_time_there_is():
+    found = interleaved({"slow": lambda: time.sleep(0.01)}, CPU, repeats=1, seconds=0.001)
+    assert found["slow"].samples == LEAST_SAMPLES
