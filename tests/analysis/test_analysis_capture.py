@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from twicing.adapters.surgery import convert, find_sites
 
+from twicing.adapters.surgery import convert, find_sites
 from twicing.analysis.capture import ATTENTION_OUTPUT, BLOCK_OUTPUT, PLACES, capture
 
 DEPTH, WIDTH, HEADS, TOKENS = 3, 24, 3, 17
