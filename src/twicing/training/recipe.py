@@ -41,8 +41,8 @@ class Evaluation:
     """Standard deviations of Gaussian noise."""
     eps: tuple[str, ...] = ("1/32", "1/16", "1/8")
     """Largest change of a pixel that FGSM and PGD may make, ascending."""
-    pgd_steps: int = 20
-    """Steps of PGD, each 3 / steps of eps (0.15 at 20 steps)."""
+    pgd_steps: int = 15
+    """Steps of PGD, each 3 / steps of eps (0.2 at 15 steps)."""
     pgd_restarts: int = 1
     """Restarts of PGD; each is one run per loss (cross-entropy and margin), each from its own random start."""
 
