@@ -53,6 +53,13 @@ def test_env_prints_versions(run):
         (["compare", "--layers", "10-99"], "99"),
         (["train", "digits", "--set", "epoch=3"], "Did you mean 'epochs'?"),
         (["train", "digits", "--mechanism", "twicing", "--options", "gian=1"], "gain"),
+        (
+            ["train", "digits", "--mechanism", "twicing", "--options", "gain=nan"],
+            "'twicing' cannot be built: The option",
+        ),
+        (["train", "digits", "--mechanism", "twicing", "--options", "order=1.5"], "order must be an integer"),
+        (["train", "digits", "--mechanism", "os.path:join"], "The mechanism 'os.path:join' cannot be built: "),
+        (["compare", "--set", "evaluation.pgd_steps=0"], "steps and restarts must be 1 or more"),
         (["train", "digits", "--options", "gain=1"], "'standard' is the model as it is"),
         (["train", "digits", "--seed", "-1"], "--seed must be 0 or larger and below 2^32: got -1."),
     ],

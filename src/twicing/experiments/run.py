@@ -54,7 +54,7 @@ def _refuse_what_cannot_be_built(plan: Plan) -> None:
         try:
             arm.apply(build_model(plan.recipe, 0))
         except TypeError as error:
-            raise ValueError(f"{arm.label}: {error}") from error
+            raise ValueError(f"The mechanism {arm.mechanism!r} cannot be built: {error}") from error
 
 
 def _announcement(plan: Plan, total: int, finished: int, side_by_side: int) -> str:
