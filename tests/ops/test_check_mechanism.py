@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from twicing import boost, twicing_attention
+from twicing.mechanisms.neutreno import Neutreno
 from twicing.mechanisms.standard import Standard
 from twicing.mechanisms.twicing import Twicing
-from twicing.testing import CHECKS, WRONG_FORMULAS, MechanismError, check_mechanism
+from twicing.testing import CHECKS, WRONG_FORMULAS, MechanismError, check_mechanism, checked
 
 
 def attend(query, key, value, attn_mask=None, is_causal=False, scale=None, order=2):
@@ -273,3 +274,201 @@ def test_the_oracle_is_not_the_code_under_test():
             return (2 * A - A @ A) @ value
 
     check_mechanism(ByHand, formula=boost, skip=["copies"])
+
+
+# --- mechanisms that read earlier layers ------------------------------------------------------------------------------
+
+
+def neutreno(smooth, value, earlier):
+    return smooth(value) + 0.6 * (earlier[1] - value)
+
+
+class ReadsBack(Sound):
+    """A V + 0.6 (V_1 - V) by hand. The broken ones below change one thing."""
+
+    remembers = False
+
+    def __init__(self, layer, num_heads, head_dim):
+        super().__init__(layer, num_heads, head_dim)
+        self.layer = layer
+        self.reads_values_of = (1,) if layer > 1 else ()
+
+    def forward(self, query, key, value, *, attn_mask, is_causal, scale, dropout_p, enable_gqa, context):
+        attended = attend(query, key, value, attn_mask, is_causal, scale, order=1)
+        return attended if self.layer == 1 else attended + 0.6 * (self.read(context) - value)
+
+    def read(self, context):
+        return context.values(1)
+
+
+class DetachesWhatItReads(ReadsBack):
+    def read(self, context):
+        return super().read(context).detach()
+
+
+class ReadsTheLayerBefore(ReadsBack):
+    def __init__(self, layer, num_heads, head_dim):
+        super().__init__(layer, num_heads, head_dim)
+        self.reads_values_of = (layer - 1,) if layer > 1 else ()
+
+    def read(self, context):
+        return context.values(self.layer - 1)
+
+
+class ReadsWhatItDidNotDeclare(ReadsBack):
+    def read(self, context):
+        return context.values(1) + 0.0 * context.values(2) if self.layer == 3 else context.values(1)
+
+
+class DeclaresNothing(ReadsBack):
+    def __init__(self, layer, num_heads, head_dim):
+        super().__init__(layer, num_heads, head_dim)
+        self.reads_values_of = ()
+
+
+class DeclaresItself(ReadsBack):
+    def __init__(self, layer, num_heads, head_dim):
+        super().__init__(layer, num_heads, head_dim)
+        self.reads_values_of = (layer,)
+
+
+class KeepsTheFirstItRead(ReadsBack):
+    """As an attribute that outlives the forward pass."""
+
+    kept = None
+
+    def read(self, context):
+        read = super().read(context)
+        if self.kept is None or self.kept.shape != read.shape:
+            self.kept = read
+        return self.kept
+
+
+class MixesTokensUnmasked(ReadsBack):
+    """A mean over tokens sees the masked ones, and the later ones."""
+
+    def read(self, context):
+        return super().read(context).mean(-2, keepdim=True)
+
+
+class KnowsPositionsLater(ReadsBack):
+    def read(self, context):
+        read = super().read(context)
+        return read * torch.linspace(1, 2, read.shape[-2])[:, None].to(read)
+
+
+class Remembers(ReadsBack):
+    """Reads no values: layer 1 leaves its own, and each later one adds them up."""
+
+    remembers = True
+
+    def __init__(self, layer, num_heads, head_dim):
+        super().__init__(layer, num_heads, head_dim)
+        self.reads_values_of = ()
+
+    def forward(self, query, key, value, *, context, **options):
+        if self.layer == 1:
+            context.remember("first", value)
+            context.remember("sum", torch.zeros_like(value))
+        return super().forward(query, key, value, context=context, **options)
+
+    def read(self, context):
+        context.remember("sum", context.recall("sum") + context.recall("first"))
+        return context.recall("sum")
+
+
+class RemembersUndeclared(Remembers):
+    remembers = False
+
+
+class RemembersDetached(Remembers):
+    def read(self, context):
+        total = super().read(context)
+        context.remember("sum", total.detach())
+        return total
+
+
+def remembered(smooth, value, earlier):
+    """In layer 3: layer 2 has added the values of layer 1 once, layer 3 once more."""
+    return smooth(value) + 0.6 * (2 * earlier[1] - value)
+
+
+class WrongInLaterLayers(Sound):
+    """No context, but not the same everywhere."""
+
+    def __init__(self, layer, num_heads, head_dim):
+        super().__init__(layer, num_heads, head_dim)
+        self.layer = layer
+
+    def output(self, query, key, value, attn_mask, is_causal, scale):
+        return attend(query, key, value, attn_mask if self.layer == 1 else None, is_causal and self.layer == 1, scale)
+
+
+class WrongWhereMaskedInLaterLayers(WrongInLaterLayers):
+    """The same without a mask."""
+
+    def output(self, query, key, value, attn_mask, is_causal, scale):
+        return attend(query, key, value, attn_mask if self.layer == 1 else None, is_causal, scale)
+
+
+ACROSS = [
+    (DetachesWhatItReads, {"gradients"}, "in layer 3: without a mask, derivatives differ from numerical ones"),
+    (ReadsTheLayerBefore, {"formula"}, "in layer 3: without a mask, the output is not what the formula gives"),
+    (ReadsWhatItDidNotDeclare, {"masks", "gradients"}, "values of layer 2 are not in the context"),
+    (DeclaresNothing, {"shape and dtype"}, "in layer 3: raised AttributeError"),
+    (DeclaresItself, {"shape and dtype"}, "each must come before its own layer"),
+    (KeepsTheFirstItRead, {"memory", "kept graph", "copies"}, "a forward depends on the forwards before it"),
+    (MixesTokensUnmasked, {"masks", "causality"}, "in layer 3: with is_causal, tokens depend on later ones"),
+    (KnowsPositionsLater, {"permutation", "formula"}, "in layer 3: permuting the tokens does not permute the outputs"),
+    (WrongInLaterLayers, {"masks", "causality"}, "in layer 3: a bool mask [1, 1, 1, 7] does not act as if"),
+    (WrongWhereMaskedInLaterLayers, {"masks"}, "in layer 3: a bool mask"),
+]
+
+
+@pytest.mark.parametrize(("broken", "checks", "text"), ACROSS, ids=lambda entry: getattr(entry, "__name__", ""))
+def test_a_mechanism_that_is_broken_in_later_layers_is_named(broken, checks, text):
+    with pytest.raises(MechanismError) as caught:
+        check_mechanism(broken, formula_across=neutreno)
+    assert checks <= caught.value.failed.keys()
+    assert text in "\n".join(caught.value.failed[check] for check in checks)
+
+
+def test_sound_mechanisms_that_read_earlier_layers_pass():
+    check_mechanism(Neutreno, formula=lambda smooth, v: smooth(v), formula_across=neutreno)
+    check_mechanism(ReadsBack, formula=lambda smooth, v: smooth(v), formula_across=neutreno)
+    check_mechanism(ReadsTheLayerBefore, formula_across=lambda smooth, v, e: smooth(v) + 0.6 * (e[2] - v))
+    check_mechanism(Remembers, formula_across=remembered)
+    check_mechanism(partial(Neutreno, lam=0.4), formula_across=lambda smooth, v, e: smooth(v) + 0.4 * (e[1] - v))
+
+
+def test_what_is_remembered_is_checked_too():
+    with pytest.raises(
+        MechanismError, match=r"shape and dtype: raised AttributeError: 'NoneType' object .* 'remember'"
+    ):
+        check_mechanism(RemembersUndeclared, formula_across=remembered)
+    with pytest.raises(MechanismError) as caught:
+        check_mechanism(RemembersDetached, formula_across=remembered)
+    assert caught.value.failed.keys() == {"gradients"}
+    with pytest.raises(MechanismError) as caught:
+        check_mechanism(Remembers, formula_across=neutreno)
+    assert caught.value.failed.keys() == {"formula"}
+
+
+def test_a_claim_about_later_layers_must_be_right():
+    with pytest.raises(MechanismError, match=r"in layer 3: without a mask, .*; it computes the values of other layers"):
+        check_mechanism(Neutreno, formula_across=lambda smooth, v, e: smooth(v) + 0.6 * (e[2] - v))
+    with pytest.raises(MechanismError, match=r"in layer 3: .* is not what the formula gives"):
+        check_mechanism(Neutreno, formula_across=lambda smooth, v, e: smooth(v) + 0.5 * (e[1] - v))
+    with pytest.raises(MechanismError, match=r"formula: without a mask, .* \(relative RMS"):
+        check_mechanism(Neutreno, formula=boost)
+    with pytest.raises(MechanismError, match="cannot tell the formula from no_correction or its own values in place"):
+        check_mechanism(partial(Neutreno, lam=0.0), formula_across=lambda smooth, v, e: smooth(v) + 0.0 * e[1])
+
+
+def test_what_is_unsound_is_refused_before_it_trains():
+    with pytest.raises(
+        ValueError, match=r"^The mechanism 'a:b' is not sound, .* It fails masks: a bool mask .*; empty"
+    ):
+        checked(IgnoresTheMask, "a:b")
+    # Vision models are encoders.
+    assert checked(LeaksTheFuture, "a:b") is LeaksTheFuture

@@ -5,6 +5,7 @@ from typing import NoReturn
 
 from torch import nn
 
+from twicing.adapters import crossing
 from twicing.adapters.site import AttentionSite, Entry, is_converted, mechanism_of, restore
 
 _NOT_THE_MODEL = "This is the report of a conversion: the model was changed in place; use the model"
@@ -12,11 +13,12 @@ _NOT_THE_MODEL = "This is the report of a conversion: the model was changed in p
 
 @dataclass(frozen=True)
 class Change:
-    """One layer, and the mechanism that its attention is to hold."""
+    """One layer, and the mechanism that its attention is to hold. reads: see declared_reads()."""
 
     site: AttentionSite
     mechanism: nn.Module
     entry: Entry
+    reads: tuple[int, ...] | None = None
 
     def __str__(self) -> str:
         return f"{self.site} -> {named(self.entry, self.mechanism)}"
@@ -34,9 +36,10 @@ class Conversion:
     new_parameters: how many numbers there are to learn that were not there before.
     """
 
-    def __init__(self, model: nn.Module, changes: list[Change]):
+    def __init__(self, model: nn.Module, sites: list[AttentionSite], changes: list[Change]):
         self._model_name = type(model).__name__
         self._changes = tuple(changes)
+        self._blocks = tuple(site.block for site in sites)
         self.layers = tuple(change.site.layer for change in changes)
         self.new_parameters = sum(p.numel() for change in changes for p in change.mechanism.parameters())
 
@@ -48,8 +51,22 @@ class Conversion:
         standing = [change for change in self._changes if change.stands()]
         if self._changes and not standing:
             raise ValueError("There is nothing to undo: this conversion was already undone.")
-        for change in standing:
-            restore(change.site.attention)
+        converted = [change.site.attention for change in standing]
+        crossing.disconnect(converted, (module for block in self._blocks for module in block.modules()))
+        for attention in converted:
+            restore(attention)
+
+    def _read(self) -> list[str]:
+        """What the converted layers read of others, in words; nothing where they read nothing."""
+        readers: dict[int, list[int]] = {}
+        for change in self._changes:
+            for layer in change.reads or ():
+                readers.setdefault(layer, []).append(change.site.layer)
+        return [
+            f"  The values of layer {layer} are read by {crossing.layers_in_words(numbers)}; what layer {layer} "
+            "computes is not changed by that."
+            for layer, numbers in sorted(readers.items())
+        ]
 
     def __str__(self) -> str:
         if not self._changes:
@@ -65,6 +82,7 @@ class Conversion:
             [
                 f"{self._model_name}: {count} attention layer{'s' if count > 1 else ''} converted.",
                 *(f"  {change}" for change in self._changes),
+                *self._read(),
                 f"  New parameters: {new}. To take it back: .undo(), or twicing.undo(model).",
             ]
         )

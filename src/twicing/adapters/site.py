@@ -3,10 +3,11 @@
 A host's adapter makes these; a new host is one file that finds its sites, and one line in surgery.py.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,9 @@ class AttentionSite:
     attention: the attention module. merge: the module whose input is the attention output with its heads
         concatenated, [B, N, H * D] (H = num_heads, D = head_dim).
     converted_class: a direct subclass of the attention's class, which adds no state and whose forward() calls
-        `self.twicing_mechanism(query, key, value, ...)`.
+        `self.twicing_mechanism(query, key, value, ..., context=context_of(self))`.
+    value_source: the child of the attention whose output holds the values. read_values: takes that output and gives
+        values [B, H, N, D] as mechanisms get them, fewer heads under grouped queries; it must survive pickling.
     """
 
     layer: int
@@ -43,6 +46,8 @@ class AttentionSite:
     num_heads: int
     head_dim: int
     converted_class: type[nn.Module]
+    value_source: str
+    read_values: Callable[[Tensor], Tensor]
 
     def __str__(self) -> str:
         kind = type(self.attention)

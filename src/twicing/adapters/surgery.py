@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import nn
 
+from twicing.adapters import crossing
 from twicing.adapters.conversion import Change, Conversion, named
 from twicing.adapters.layers import Layers, chosen_layers
 from twicing.adapters.refusals import KNOWN_ATTENTION, refuse_unchangeable, refuse_unknown_attention
 from twicing.adapters.site import AttentionSite, Entry, entry_of, install, is_converted, mechanism_of, restore
 from twicing.mechanisms import registry
+from twicing.mechanisms.context import declared_reads
 from twicing.mechanisms.options import build, complete_options
 
 __all__ = ["AttentionSite", "Conversion", "convert", "describe", "find_sites", "spec", "undo"]
@@ -43,6 +45,8 @@ def convert(
     Parameters, state-dict keys, hooks and the object itself stay as they are; a mechanism that learns something adds
     its parameters below "...attn.twicing_mechanism", on the layer's device: make the optimiser afterwards. Weights do
     not know their formula: keep spec(model) beside them. Compile, wrap or quantise after the conversion.
+    A mechanism that reads earlier layers (neutreno) gets their values, converted or not, from the same forward pass,
+    with their gradients; layers count within the model that is passed. Checkpoint whole blocks, non-reentrantly.
     Raises ValueError or TypeError, and leaves the model untouched, where the model, a layer, the mechanism or an
     option is not known or does not fit.
     """
@@ -53,20 +57,25 @@ def convert(
         raise ValueError(f"No attention was found in {type(model).__name__}: known is {KNOWN_ATTENTION}.")
     changes = [change for request in requests for change in _built(sites, *request)]
     _refuse_repeated(changes)
+    readers = {change.site.layer: change.reads for change in changes if change.reads is not None}
+    crossing.refuse_other_numbering(sites, readers)
     for change in changes:
         install(change.site, change.mechanism, change.entry)
-    return Conversion(model, changes)
+    crossing.connect(sites, readers)
+    return Conversion(model, sites, changes)
 
 
 def undo(model: nn.Module) -> None:
     """Give all converted layers of the model their own attention back; it is then what it was, bit for bit.
 
     Works on copies too. What a mechanism learned is dropped.
-    Raises ValueError where nothing is converted.
+    Raises ValueError where nothing is converted, or where the model is a part of one whose layers read each other.
     """
     converted = [module for module in model.modules() if is_converted(module)]
     if not converted:
         raise ValueError(f"There is nothing to undo: no layer of {type(model).__name__} is converted.")
+    crossing.refuse_part(converted, model.modules(), type(model).__name__)
+    crossing.disconnect(converted, model.modules())
     for attention in converted:
         restore(attention)
 
@@ -109,7 +118,7 @@ def describe(model: nn.Module) -> str:
         line = f"  {site}, {site.num_heads} heads of {site.head_dim}"
         if is_converted(site.attention):
             line += f" -> {named(entry_of(site.attention), mechanism_of(site.attention))}"
-        lines.append(line)
+        lines.append(line + crossing.read_by(site.block))
     return "\n".join(lines)
 
 
@@ -183,7 +192,8 @@ def _built(
         built = build(factory, name, own_options, site.layer, site.num_heads, site.head_dim)
         like = next(site.attention.parameters())
         built.to(device=like.device, dtype=like.dtype).train(site.attention.training)
-        changes.append(Change(site, built, Entry(name, own_options, findable)))
+        reads = declared_reads(built, site.layer, name)
+        changes.append(Change(site, built, Entry(name, own_options, findable), reads))
     return changes
 
 

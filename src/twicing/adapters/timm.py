@@ -5,9 +5,11 @@ Known is timm.layers.Attention inside Block or ResPostBlock; its forward() is mi
 
 import inspect
 from collections.abc import Iterator
+from functools import partial
 
 from torch import Tensor, nn
 
+from twicing.adapters.crossing import context_of
 from twicing.adapters.site import AttentionSite
 from twicing.torchvision_import import mend_torchvision_import
 
@@ -46,6 +48,7 @@ class ConvertedAttention(Attention):
             is_causal=is_causal,
             scale=None if self.fused_attn else self.scale,
             dropout_p=self.attn_drop.p if drops else 0.0,
+            context=context_of(self),
         )
         merged = self.norm(smoothed.transpose(1, 2).reshape(batch, tokens, self.num_heads * self.head_dim))
         gate = getattr(self, "gate", None)
@@ -82,12 +85,19 @@ def find_sites(model: nn.Module) -> Iterator[AttentionSite]:
             num_heads=attention.num_heads,
             head_dim=attention.head_dim,
             converted_class=ConvertedAttention,
+            value_source="qkv",
+            read_values=partial(_values, heads=attention.num_heads, width=attention.head_dim),
         )
 
 
 def is_no_layer(module: nn.Module) -> bool:
     """Whether it is one of timm's heads that pool tokens by attention: queries of its own, no layer to convert."""
     return type(module).__module__ == "timm.layers.attention_pool"
+
+
+def _values(qkv: Tensor, *, heads: int, width: int) -> Tensor:
+    """Values [B, H, N, D] from the output of the common projection, [B, N, 3 * H * D]."""
+    return qkv.unflatten(-1, (3, heads, width))[:, :, 2].transpose(1, 2)
 
 
 def _refuse_unmirrored(attention: nn.Module, path: str) -> None:

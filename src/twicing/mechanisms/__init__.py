@@ -1,8 +1,10 @@
 """Published mechanisms, one file each; importing this package registers them."""
 
 from twicing.mechanisms.base import Mechanism
+from twicing.mechanisms.context import Context
+from twicing.mechanisms.neutreno import Neutreno
 from twicing.mechanisms.registry import find_mechanism, known_mechanisms, register
 from twicing.mechanisms.standard import Standard
 from twicing.mechanisms.twicing import Twicing
 
-__all__ = ["Mechanism", "Standard", "Twicing", "find_mechanism", "known_mechanisms", "register"]
+__all__ = ["Context", "Mechanism", "Neutreno", "Standard", "Twicing", "find_mechanism", "known_mechanisms", "register"]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twicing.mechanisms.base import Mechanism
+from twicing.mechanisms.context import Context
 from twicing.mechanisms.registry import register
 
 
@@ -25,7 +26,7 @@ class Standard(Mechanism):
         scale: float | None = None,
         dropout_p: float = 0.0,
         enable_gqa: bool = False,
-        context: object | None = None,  # noqa: ARG002
+        context: Context | None = None,  # noqa: ARG002
     ) -> Tensor:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from twicing.mechanisms.base import Mechanism
+from twicing.mechanisms.context import Context
 from twicing.mechanisms.registry import register
 from twicing.names import listed
 from twicing.ops.attention import BACKENDS, twicing_attention
@@ -66,7 +67,7 @@ class Twicing(Mechanism):
         scale: float | None = None,
         dropout_p: float = 0.0,
         enable_gqa: bool = False,
-        context: object | None = None,  # noqa: ARG002
+        context: Context | None = None,  # noqa: ARG002
     ) -> Tensor:
         return twicing_attention(
             query,

@@ -9,15 +9,17 @@ from twicing.testing.budget import (
     relative_rms,
     truth,
 )
-from twicing.testing.checks import CHECKS
-from twicing.testing.soundness import MechanismError, check_mechanism
+from twicing.testing.checks import CHECKS, FormulaAcross
+from twicing.testing.soundness import MechanismError, check_mechanism, checked
 
 __all__ = [
     "CHECKS",
     "WRONG_FORMULAS",
     "Formula",
+    "FormulaAcross",
     "MechanismError",
     "check_mechanism",
+    "checked",
     "error_budget",
     "make_inputs",
     "measured_errors",

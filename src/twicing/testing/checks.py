@@ -8,19 +8,26 @@ import copy
 import gc
 import pickle
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from twicing.mechanisms.context import Context, declared_reads
+from twicing.ops.boost import Smoother
 from twicing.ops.reference import attention_matrix
 from twicing.testing.budget import FP64_BUDGET, WRONG_FORMULAS, Formula, make_inputs, relative_rms
 
 Factory = Callable[[int, int, int], nn.Module]
+# The output of a layer from the smoother v -> A v, the values, and the values of earlier layers by their number.
+FormulaAcross = Callable[[Smoother, Tensor, Mapping[int, Tensor]], Tensor]
 
 BATCH, HEADS, TOKENS, WIDTH = 2, 3, 7, 4
+# The later layer that is checked: neither the first nor the one after it.
+LATER = 3
 # Two ways to compute the same in fp64 differ by far less, two different things by far more.
 SAME = 1e-10
 
@@ -29,19 +36,54 @@ class UnsoundError(Exception):
     """What a check saw, as a sentence."""
 
 
+class Layers(nn.Module):
+    """Layers 1 to L of a mechanism that needs a context, run as a host runs them: each leaves its values to the others.
+
+    forward() takes the queries, keys and values of every layer, one layer after another; returns layer L's output.
+    """
+
+    def __init__(self, mechanisms: Sequence[nn.Module], reads: Sequence[tuple[int, ...] | None]) -> None:
+        super().__init__()
+        self.mechanisms = nn.ModuleList(mechanisms)
+        self.reads = list(reads)
+
+    def forward(self, *tensors: Tensor, **options: Any) -> Tensor:
+        so_far = Context()
+        for layer, (mechanism, reads) in enumerate(zip(self.mechanisms, self.reads, strict=True), start=1):
+            # Only what was declared: hosts hand over nothing else.
+            context = None if reads is None else so_far.only(reads)
+            output: Tensor = mechanism(*tensors[3 * layer - 3 : 3 * layer], **{**options, "context": context})
+            so_far = Context(so_far.values_by_layer, (so_far if context is None else context).memory)
+            so_far.record(layer, tensors[3 * layer - 1])
+        return output
+
+
 @dataclass(frozen=True)
 class Subject:
-    """The mechanism under test."""
+    """The mechanism under test, in layer 1 or in a later layer.
+
+    formula: what it claims from smoother and values. formula_across: what it claims instead in a later layer, if it
+    needs a context, from smoother, values, and the values of earlier layers by number.
+    """
 
     factory: Factory
     formula: Formula | None
     causal: bool
+    layer: int = 1
+    formula_across: FormulaAcross | None = None
 
     def build(self, dtype: torch.dtype = torch.float64) -> nn.Module:
-        """A new instance for layer 1, with the same initial weights every time."""
+        """A new instance for the layer, with the same initial weights every time; with the layers before it, if it
+        needs a context."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            mechanism = self.factory(1, HEADS, WIDTH).to(dtype)
+            last = self.factory(self.layer, HEADS, WIDTH)
+            if self.reads(last, self.layer) is None:
+                mechanism = last
+            else:
+                every = [*(self.factory(layer, HEADS, WIDTH) for layer in range(1, self.layer)), last]
+                mechanism = Layers(every, [self.reads(each, layer) for layer, each in enumerate(every, start=1)])
+        mechanism = mechanism.to(dtype)
         if dtype == torch.float64:
             # A mechanism may keep what it learns in fp32; exactness cannot be asked of it there.
             for parameter in mechanism.parameters():
@@ -49,9 +91,20 @@ class Subject:
         return mechanism
 
     def inputs(self, seed: int = 0, tokens: int = TOKENS, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-        """Query, key and value."""
+        """Query, key and value, those of the layers before the checked one first, where it needs a context."""
         generator = torch.Generator().manual_seed(seed)
-        return list(make_inputs((BATCH, HEADS, tokens, WIDTH), generator=generator, peaked=True, dtype=dtype))
+        shape = (BATCH, HEADS, tokens, WIDTH)
+        layers = self.layer if self.needs_context() else 1
+        drawn = [make_inputs(shape, generator=generator, peaked=True, dtype=dtype) for _ in range(layers)]
+        return [tensor for layer in drawn for tensor in layer]
+
+    def needs_context(self) -> bool:
+        """Whether the layer reads what earlier layers left, or leaves something itself."""
+        return isinstance(self.build(), Layers)
+
+    def reads(self, mechanism: nn.Module, layer: int) -> tuple[int, ...] | None:
+        """The layers whose values it reads: see declared_reads()."""
+        return declared_reads(mechanism, layer, getattr(self.factory, "__name__", "mechanism"))
 
 
 def run(
@@ -61,7 +114,7 @@ def run(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """One forward as the adapters call it, without dropout, grouped heads or other layers."""
+    """One forward as the adapters call it, without dropout or grouped heads."""
     output: Tensor = mechanism(
         *inputs, attn_mask=attn_mask, is_causal=is_causal, scale=scale, dropout_p=0.0, enable_gqa=False, context=None
     )
@@ -116,8 +169,9 @@ def _empty_rows(subject: Subject) -> None:
         _expect_same(output[:, :, others], expected, f"an empty row of a {kind} mask disturbs the other tokens")
         if not output.isfinite().all():
             raise UnsoundError(f"the output for an empty row of a {kind} mask is not finite")
-        gradients = torch.autograd.grad(output.square().sum(), inputs)
-        if not all(gradient.isfinite().all() for gradient in gradients):
+        # Queries and keys of earlier layers have none.
+        gradients = torch.autograd.grad(output.square().sum(), inputs, allow_unused=True)
+        if not all(gradient.isfinite().all() for gradient in gradients if gradient is not None):
             raise UnsoundError(f"an empty row of a {kind} mask makes gradients that are not finite")
 
 
@@ -146,11 +200,11 @@ def _gradients(subject: Subject) -> None:
     for kind, attn_mask in (("without a mask", None), ("with a mask", mask)):
 
         def output(*tensors: Tensor, attn_mask: Tensor | None = attn_mask) -> Tensor:
-            return run(mechanism, tensors[:3], attn_mask=attn_mask)
+            return run(mechanism, tensors[: len(inputs)], attn_mask=attn_mask)
 
         try:
-            # The parameters are named too: gradcheck moves them in place.
-            torch.autograd.gradcheck(output, (*inputs, *learnt))
+            # The parameters are named too: gradcheck moves them in place. Random directions do for a later layer.
+            torch.autograd.gradcheck(output, (*inputs, *learnt), fast_mode=subject.layer > 1)
         except RuntimeError as error:
             raise UnsoundError(
                 f"{kind}, derivatives differ from numerical ones: {str(error).splitlines()[0]}"
@@ -168,14 +222,18 @@ def _memory(subject: Subject) -> None:
     mechanism = subject.build()
     first, second = subject.inputs(seed=1), subject.inputs(seed=2)
     expected = [run(subject.build(), inputs) for inputs in (first, second)]
-    value = first[2].requires_grad_()
-    (expected_gradient,) = torch.autograd.grad(run(subject.build(), first).square().sum(), value)
+    values = [tensor.requires_grad_() for tensor in first[2::3]]
+    expected_gradients = torch.autograd.grad(run(subject.build(), first).square().sum(), values, allow_unused=True)
     run(mechanism, subject.inputs(seed=3, tokens=TOKENS - 2))
     outputs = [run(mechanism, inputs) for inputs in (first, second)]
     for seen, wanted in zip(outputs, expected, strict=True):
         _expect_same(seen, wanted, "a forward depends on the forwards before it")
-    (gradient,) = torch.autograd.grad(outputs[0].square().sum(), value)
-    _expect_same(gradient, expected_gradient, "a gradient depends on a forward that came in between")
+    gradients = torch.autograd.grad(outputs[0].square().sum(), values, allow_unused=True)
+    for gradient, wanted in zip(gradients, expected_gradients, strict=True):
+        if gradient is not None and wanted is not None:
+            _expect_same(gradient, wanted, "a gradient depends on a forward that came in between")
+        elif gradient is not wanted:
+            raise UnsoundError("whether values have a gradient depends on a forward that came in between")
 
 
 def _state_dict(subject: Subject) -> None:
@@ -208,17 +266,26 @@ def _kept_graph(subject: Subject) -> None:
     output = run(mechanism, inputs)
     watched = [weakref.ref(tensor) for tensor in (*inputs, output)]
     del inputs, output
-    gc.collect()
+    # Only a cycle needs the collector, which is slow where much is loaded.
+    if any(reference() is not None for reference in watched):
+        gc.collect()
     if any(reference() is not None for reference in watched):
         raise UnsoundError("tensors of a finished forward, and the memory of its graph, are kept alive")
 
 
 def _formula(subject: Subject) -> None:
     """The claimed formula, with the exact A in fp64, with every kind of mask; the wrong formulas must not pass."""
-    if subject.formula is None:
+    inputs, mechanism = subject.inputs(), subject.build()
+    *before, query, key, value = inputs
+    earlier = dict(enumerate(before[2::3], start=1))
+    formula: FormulaAcross | None
+    if earlier:
+        formula = subject.formula_across
+    else:
+        plain = subject.formula
+        formula = None if plain is None else lambda smooth, value, _earlier: plain(smooth, value)
+    if formula is None:
         return
-    query, key, value = subject.inputs()
-    mechanism = subject.build()
     padding = torch.tensor([True, True, False, True, True, True, False]).expand(1, 1, 1, TOKENS)
     hole = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
     hole[3] = False
@@ -232,9 +299,13 @@ def _formula(subject: Subject) -> None:
         cases["with is_causal"] = (None, True, None)
     for kind, (mask, is_causal, scale) in cases.items():
         smooth = partial(torch.matmul, attention_matrix(query, key, mask, is_causal, scale))
-        claimed = subject.formula(smooth, value)
-        wrong = {name: formula(smooth, value) for name, formula in WRONG_FORMULAS.items()}
-        seen = run(mechanism, (query, key, value), attn_mask=mask, is_causal=is_causal, scale=scale)
+        claimed = formula(smooth, value, earlier)
+        wrong = {name: wrong_one(smooth, value) for name, wrong_one in WRONG_FORMULAS.items()}
+        if earlier:
+            own, turned = dict.fromkeys(earlier, value), dict(zip(earlier, reversed(earlier.values()), strict=True))
+            wrong["its own values in place of earlier ones"] = formula(smooth, value, own)
+            wrong["the values of other layers"] = formula(smooth, value, turned)
+        seen = run(mechanism, inputs, attn_mask=mask, is_causal=is_causal, scale=scale)
         off = relative_rms(seen, claimed)
         # Written so that NaN fails.
         if not off <= FP64_BUDGET:
