@@ -163,6 +163,12 @@ def with_dropout():
             lambda x: plain(x).detach(), [0, 0], "carry no gradient to the images.*remove no_grad", id="detached"
         ),
         pytest.param(
+            lambda x: plain(x.detach()) * torch.ones(1, requires_grad=True),
+            [0, 0],
+            "carry no gradient to the images.*remove no_grad",
+            id="detached, but with weights",
+        ),
+        pytest.param(
             lambda x: plain(x) / 0, [0, 0], "logits have values that are not finite.*diverge", id="nan logits"
         ),
         pytest.param(

@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from linear_worst_case import two_classes, worst_margins
 from torch import nn
 
 from twicing.robustness.attacks import LOSSES, fgsm, pgd
@@ -13,26 +14,6 @@ from twicing.robustness.threat import Threat
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def two_classes(linear_model, images, labels, first=3, second=8):
-    """The linear model and the digits cut to two classes, where FGSM is the optimal attack."""
-    kept = (labels == first) | (labels == second)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 2).double()).eval()
-    with torch.no_grad():
-        model[1].weight.copy_(linear_model[1].weight[[first, second]])
-        model[1].bias.copy_(linear_model[1].bias[[first, second]])
-    return model, images[kept], (labels[kept] == second).long()
-
-
-def worst_margins(model, images, labels, eps):
-    """min over the ball and the pixel range of z_y - z_j, for every j: [n, classes], exact for a linear model."""
-    weight, bias = model[1].weight.detach(), model[1].bias.detach()
-    difference = weight[labels].unsqueeze(1) - weight
-    x = images.flatten(1).unsqueeze(1)
-    worst = torch.where(difference > 0, (x - eps).clamp(0, 1), (x + eps).clamp(0, 1))
-    margins = (difference * worst).sum(2) + bias[labels].unsqueeze(1) - bias
-    return margins.scatter(1, labels.unsqueeze(1), torch.inf)
 
 
 class Reversed(nn.Module):

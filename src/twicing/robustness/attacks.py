@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twicing.robustness.draws import draw_seed, image_streams
+from twicing.robustness.draws import draw_seed, image_streams, uniform
 from twicing.robustness.search import AttackResult, Loss, Model, Search, cross_entropy_loss, margin_loss
 from twicing.robustness.threat import Threat
 
@@ -106,7 +106,7 @@ class PgdPlan:
                     break
                 start = search.images[indices]
                 if self.random_start:
-                    start = start + float(search.threat.eps) * _uniform([streams[i] for i in indices.tolist()], start)
+                    start = start + float(search.threat.eps) * uniform([streams[i] for i in indices.tolist()], start)
                 search.judge(indices, self._ascend(search, indices, start, loss))
 
     def _ascend(self, search: Search, indices: Tensor, start: Tensor, loss: Loss) -> Tensor:
@@ -124,9 +124,3 @@ class PgdPlan:
             stepped = candidates[standing] + step * gradient.sign()
             candidates[standing] = search.threat.project(stepped, images[standing])
         return candidates
-
-
-def _uniform(streams: Sequence[torch.Generator], like: Tensor) -> Tensor:
-    """Draw from [-1, 1], one image of `like` from each stream."""
-    draws = [torch.rand(like.shape[1:], generator=stream, dtype=like.dtype) for stream in streams]
-    return (2 * torch.stack(draws) - 1).to(like.device)

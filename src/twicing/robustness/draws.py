@@ -3,7 +3,7 @@
 One stream per image, so that a batch size or a dropped neighbour cannot change what is done to an image.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,3 +20,9 @@ def image_streams(seed: int, indices: Tensor) -> Iterator[torch.Generator]:
     """Yield one CPU generator per image, image i's being seeded with seed + i: the same numbers on every device."""
     for index in indices.tolist():
         yield torch.Generator().manual_seed(seed + index)
+
+
+def uniform(streams: Sequence[torch.Generator], like: Tensor) -> Tensor:
+    """Draw from [-1, 1], one image of `like` from each stream."""
+    draws = [torch.rand(like.shape[1:], generator=stream, dtype=like.dtype) for stream in streams]
+    return (2 * torch.stack(draws) - 1).to(like.device)

@@ -17,6 +17,10 @@ Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
+class NoGradientError(ValueError):
+    """The logits do not depend on the images by any path that autograd knows: there is nothing to follow."""
+
+
 def cross_entropy_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """Loss to be raised, -log softmax(z)_y in nats: [n, classes], [n] -> [n]."""
     return F.cross_entropy(logits, labels, reduction="none")
@@ -41,6 +45,7 @@ class AttackResult:
     correct, correct_before: [n] bool, with and without the attack; correct is never true where correct_before is false.
     zero_gradient_share: share of the gradients' entries that were exactly 0. Near 1 the attack was blind (saturated
     loss, masked gradients) and its accuracy means nothing.
+    notes: what the attack itself found doubtful, sentence by sentence; empty but for attacks that look.
     """
 
     attack: str
@@ -49,6 +54,7 @@ class AttackResult:
     correct: Tensor
     correct_before: Tensor
     zero_gradient_share: float
+    notes: tuple[str, ...] = ()
 
     @property
     def accuracy(self) -> float:
@@ -79,8 +85,7 @@ class Search:
         # Autograd refuses tensors made in inference mode, in which trainers evaluate; a clone made outside it is plain.
         self.images = images.detach().clone()
         self.labels = labels.clone()
-        with torch.no_grad():
-            logits = torch.cat([self._logits(batch) for batch in self.images.split(batch_size)])
+        logits = self.logits(self.images)
         _check_classes(labels, logits.shape[1])
         self.correct_before = logits.argmax(1) == self.labels
         self.correct = self.correct_before.clone()
@@ -97,21 +102,36 @@ class Search:
         """Return the logits at the candidates and the loss's gradient there; the model's parameters get none."""
         candidates = candidates.detach().requires_grad_()
         logits = self._logits(candidates)
-        if not logits.requires_grad:
-            raise ValueError(
+        # Summed, not averaged, so that an image's gradient does not depend on how many others are in the batch.
+        total = loss(logits, labels).sum()
+        # Logits of a model whose weights require gradients are in a graph even where the images are not.
+        gradient = torch.autograd.grad(total, candidates, allow_unused=True)[0] if total.requires_grad else None
+        if gradient is None:
+            raise NoGradientError(
                 "the logits carry no gradient to the images, so there is nothing for this attack to follow: "
                 "remove no_grad, inference_mode, detach or rounding from inside the model."
             )
-        # Summed, not averaged, so that an image's gradient does not depend on how many others are in the batch.
-        (gradient,) = torch.autograd.grad(loss(logits, labels).sum(), candidates)
         if not gradient.isfinite().all():
             raise ValueError(
                 "the loss's gradient at the images has values that are not finite, so no attack can follow it: "
                 "run the model in float32, or look for a division by zero in its backward."
             )
+        self.count_zeros(gradient)
+        return logits.detach(), gradient
+
+    def count_zeros(self, gradient: Tensor) -> None:
+        """Add a gradient, or an estimate of one, to the share of entries that were exactly 0."""
         self.gradient_entries += gradient.numel()
         self.zero_entries += (gradient == 0).sum()
-        return logits.detach(), gradient
+
+    def logits(self, candidates: Tensor) -> Tensor:
+        """Return the logits at any number of candidates, [m, classes], without a gradient."""
+        with torch.no_grad():
+            return torch.cat([self._logits(batch) for batch in candidates.split(self.batch_size)])
+
+    def only(self, chosen: Tensor) -> None:
+        """Leave all but the chosen images alone from now on; chosen: [n] bool."""
+        self.correct = self.correct_before & chosen
 
     def judge(self, indices: Tensor, candidates: Tensor) -> None:
         """Clip the candidates to the threat, ask the model anew, and keep them where they are the worst so far."""
@@ -126,7 +146,7 @@ class Search:
         self.adversarial[indices[worse]] = candidates[worse]
         self.correct[indices[fooled]] = False
 
-    def result(self, attack: str) -> AttackResult:
+    def result(self, attack: str, notes: tuple[str, ...] = ()) -> AttackResult:
         """Return what was found."""
         return AttackResult(
             attack=attack,
@@ -135,6 +155,7 @@ class Search:
             correct=self.correct,
             correct_before=self.correct_before,
             zero_gradient_share=self.zero_entries.item() / max(self.gradient_entries, 1),
+            notes=notes,
         )
 
     def _logits(self, candidates: Tensor) -> Tensor:
