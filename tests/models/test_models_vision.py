@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from twicing.adapters.surgery import convert
 from twicing.models.vision import vision_transformer
 
 
@@ -49,3 +50,57 @@ def test_weights_are_a_function_of_the_seed(seed):
     other = build(seed=seed + 1).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_two_passes_run_the_attention_twice_with_the_same_weights():
+    torch.manual_seed(1)
+    once, twice = build(), build(attention_passes=2)
+    assert once.state_dict().keys() == twice.state_dict().keys()
+    assert all(torch.equal(weight, twice.state_dict()[name]) for name, weight in once.state_dict().items())
+    tokens = torch.randn(2, 17, 16)
+    block = once.network.blocks[1]
+    x = tokens + block.attn(block.norm1(tokens))
+    x = x + block.attn(block.norm1(x))
+    x = x + block.mlp(block.norm2(x))
+    torch.testing.assert_close(twice.network.blocks[1](tokens), x)
+    assert not torch.allclose(once.network.blocks[1](tokens), x)
+
+
+def test_a_mask_reaches_both_passes():
+    block = build(attention_passes=2).eval().network.blocks[0]
+    tokens = torch.randn(1, 17, 16)
+    changed = tokens.clone()
+    changed[:, 9:] += 1
+    for options in ({"is_causal": True}, {"attn_mask": torch.ones(17, 17, dtype=torch.bool).tril()}):
+        ours, other = block(tokens, **options), block(changed, **options)
+        torch.testing.assert_close(ours[:, :9], other[:, :9])
+        assert not torch.allclose(ours[:, 9:], other[:, 9:])
+
+
+def test_drop_path_is_in_both_passes_and_off_in_evaluation():
+    dropped = build(attention_passes=2, drop_path=0.9)
+    block = dropped.network.blocks[1]
+    assert block.drop_path1.drop_prob == pytest.approx(0.9)
+    tokens = torch.randn(50, 17, 16)
+    change = (block.train()(tokens) - tokens).flatten(1).abs().sum(1)
+    # All three branches of an image are dropped in .9^3 of the cases.
+    assert 0.5 < (change == 0).double().mean() < 0.9
+    torch.testing.assert_close(block.eval()(tokens), build(attention_passes=2).network.blocks[1].eval()(tokens))
+
+
+def test_no_site_is_found_in_two_passes():
+    with pytest.raises(ValueError, match=r"network\.blocks\.0\.attn is a timm\.layers\.attention\.Attention"):
+        convert(build(attention_passes=2), "twicing")
+
+
+def test_other_weights_and_passes_are_refused():
+    with pytest.raises(ValueError, match="weights must be one of xavier, timm: got 'jax'"):
+        build(weights="jax")
+    with pytest.raises(ValueError, match="attention_passes must be 1 or 2: got 3"):
+        build(attention_passes=3)
+
+
+def test_timms_weights_are_small_and_xaviers_are_not():
+    spreads = [build(weights=weights).network.blocks[0].mlp.fc1.weight.std().item() for weights in ("timm", "xavier")]
+    assert spreads[0] == pytest.approx(0.02, rel=0.1)
+    assert spreads[1] > 0.1

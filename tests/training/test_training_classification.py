@@ -1,20 +1,26 @@
 """Training: paired by construction, resumable to the last bit, and loud where it would lie."""
 
-from itertools import chain
+import copy
+import dataclasses
 
 import pytest
 import torch
 
 from twicing.adapters.surgery import convert
-from twicing.training.classification import CHECKPOINT, build_model, load_trained, train_classifier
-from twicing.training.recipe import digits
+from twicing.data.images import MemoryImages
+from twicing.training.checkpoint import CHECKPOINT
+from twicing.training.classification import build_model, load_trained, train_classifier
+from twicing.training.order import batch_order
+from twicing.training.recipe import digits, imagefolder
 from twicing.training.settings import apply_settings
-from twicing.training.split import ShuffledBatches, Split, load_split, stream_seed
+from twicing.training.split import Split, load_split
+from twicing.training.streams import STEP_STREAM, stream_seed
 
 # Lightning's own use of a renamed torch name, which training silences only around its own loop.
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 
-SMALL = ["epochs=3", "depth=2", "width=16", "heads=2", "batch_size=64"]
+# 11 batches in a pass, the last one of 60 images.
+SMALL = ["epochs=3", "depth=2", "width=16", "heads=2", "batch_size=64", "train_images=700"]
 
 
 class KilledError(Exception):
@@ -65,6 +71,48 @@ def test_an_interrupted_training_ends_with_the_same_weights(recipe, split, tmp_p
         (e.epoch, e.loss, e.held_out_accuracy) for e in curve
     ]
     assert min(steps) > stop_at - 1 / recipe.epochs, "finished epochs were trained again"
+    assert steps[-1] == 1
+
+
+def test_a_training_is_the_one_written_out_by_hand(recipe, split, tmp_path):
+    """Bit for bit: batches by (seed, epoch), dropout by (seed, step), AdamW on all weights, one cycle by steps."""
+    recipe = apply_settings(recipe, ["drop_path=0.2", "epochs=2"])
+    model = build_model(recipe, 1)
+    by_hand = copy.deepcopy(model).train()
+    train_classifier(model, recipe, split, 1, tmp_path, lambda share: None)
+    optimizer = torch.optim.AdamW(by_hand.parameters(), lr=1e-3, weight_decay=0.05, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1e-3, total_steps=2 * 11, pct_start=0.2)
+    for epoch in range(2):
+        generator = torch.Generator().manual_seed(stream_seed(1, 1, epoch))
+        for place, batch in enumerate(torch.randperm(len(split.train), generator=generator).split(64)):
+            torch.manual_seed(stream_seed(1, STEP_STREAM, 11 * epoch + place))
+            loss = torch.nn.functional.cross_entropy(
+                by_hand(split.train.load(batch.tolist())), split.train.labels[batch]
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    assert same_weights(model, by_hand)
+
+
+def test_a_longer_training_takes_more_steps_and_stays_resumable(recipe, split, tmp_path):
+    recipe = apply_settings(recipe, ["training_length=1.25"])
+    seen = {"whole": [], "in-two": []}
+    expected, curve = trained(recipe, split, 0, tmp_path / "whole", seen["whole"].append)
+    assert len(curve) == 3
+    # 11 batches in a pass, 14 steps in an epoch.
+    assert len(seen["whole"]) == 42
+
+    def stop(share):
+        if share > 0.5:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        trained(recipe, split, 0, tmp_path / "in-two", stop)
+    model, _ = trained(recipe, split, 0, tmp_path / "in-two", seen["in-two"].append)
+    assert same_weights(model, expected)
+    assert seen["in-two"] == seen["whole"][14:]
 
 
 def test_the_model_is_trained_in_training_mode(recipe, split, tmp_path):
@@ -83,7 +131,7 @@ def test_mechanisms_start_from_the_same_weights_and_see_the_same_batches(recipe)
     convert(twiced, "twicing")
     assert same_weights(standard, twiced)
     assert not same_weights(standard, build_model(recipe, 8))
-    batches = [list(ShuffledBatches(100, 16, seed=3)) for _ in range(2)]
+    batches = [list(batch_order(recipe, 100, seed=3)) for _ in range(2)]
     assert batches[0] == batches[1]
 
 
@@ -95,37 +143,9 @@ def test_building_a_model_leaves_the_global_random_state_alone(recipe):
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_batches_hold_every_image_once_in_an_order_of_seed_and_epoch():
-    sampler = ShuffledBatches(50, 16, seed=0)
-    orders = []
-    for epoch in range(2):
-        sampler.set_epoch(epoch)
-        batches = list(sampler)
-        assert [len(batch) for batch in batches] == [16, 16, 16, 2]
-        assert len(batches) == len(sampler)
-        orders.append(list(chain.from_iterable(batches)))
-        assert sorted(orders[-1]) == list(range(50))
-    other = list(chain.from_iterable(ShuffledBatches(50, 16, seed=1)))
-    assert orders[0] != orders[1]
-    assert orders[0] != other
-
-
-def test_streams_do_not_collide():
-    seeds = {stream_seed(seed, stream, count) for seed in range(8) for stream in range(1, 5) for count in range(50)}
-    assert len(seeds) == 8 * 4 * 50
-
-
-def test_held_out_images_are_not_trained_on(recipe):
-    index = []
-    for k in range(6):
-        split = load_split(recipe, k)
-        index += split.test_index.tolist()
-        assert len(split.train_labels) + len(split.test_labels) == 1797
-        train = {image.numpy().tobytes() for image in split.train_images}
-        repeated = sum(image.numpy().tobytes() in train for image in split.test_images)
-        # The data set itself holds no image twice.
-        assert repeated == 0
-    assert sorted(index) == list(range(1797))
+def test_a_model_needs_to_know_its_classes():
+    with pytest.raises(ValueError, match=r"imagefolder finds its classes in the data: call with_classes\(recipe"):
+        build_model(imagefolder(), 0)
 
 
 def test_a_checkpoint_knows_its_formula(recipe, split, tmp_path):
@@ -143,6 +163,20 @@ def test_a_checkpoint_knows_its_formula(recipe, split, tmp_path):
     assert same_weights(model, other)
 
 
+def test_two_attentions_are_trained_and_told_from_one(recipe, split, tmp_path):
+    once = apply_settings(recipe, ["epochs=1"])
+    twice = dataclasses.replace(once, attention_passes=2)
+    model, _ = trained(twice, split, 0, tmp_path)
+    again = build_model(twice, 1)
+    load_trained(again, 0, tmp_path)
+    assert same_weights(model, again)
+    # The weights are named alike, and would fit.
+    with pytest.raises(
+        ValueError, match=r"trained with \[.*'two attentions a block'.*, and the model has standard att"
+    ):
+        load_trained(build_model(once, 1), 0, tmp_path)
+
+
 def test_a_folder_of_another_seed_is_refused(recipe, split, tmp_path):
     recipe = apply_settings(recipe, ["epochs=1"])
     trained(recipe, split, 0, tmp_path)
@@ -151,16 +185,18 @@ def test_a_folder_of_another_seed_is_refused(recipe, split, tmp_path):
 
 
 def test_a_diverged_training_says_so(recipe, split, tmp_path):
-    broken = Split(
-        split.train_images * float("nan"), split.train_labels, split.test_images, split.test_labels, split.test_index
-    )
+    model = build_model(recipe, 0)
+    with torch.no_grad():
+        model.network.head.bias[0] = float("nan")
     with pytest.raises(FloatingPointError, match=r"the training diverged: the loss of epoch 1 is nan\. Lower"):
-        trained(recipe, broken, 0, tmp_path)
+        train_classifier(model, recipe, split, 0, tmp_path, lambda share: None)
+    assert not (tmp_path / CHECKPOINT).exists()
 
 
 def test_a_damaged_checkpoint_says_what_to_delete(recipe, split, tmp_path):
     recipe = apply_settings(recipe, ["epochs=1"])
     trained(recipe, split, 0, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
     whole = (tmp_path / CHECKPOINT).read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
         (tmp_path / CHECKPOINT).write_bytes(damaged)
@@ -194,18 +230,21 @@ def test_the_recipe_reaches_model_and_optimiser(recipe, split, tmp_path, monkeyp
     # Warm-up over half of all steps, then down to nearly nothing.
     assert abs(rates.index(max(rates)) - len(rates) / 2) <= 1
     assert rates[-1] < 1e-3 * max(rates)
-    assert len(set(seeds)) == len(seeds) == 48, "a draw of one step came again in another"
+    assert len(set(seeds)) == len(seeds) == 22, "a draw of one step came again in another"
 
 
 def test_curves_are_those_of_the_epoch(recipe, split, tmp_path):
     """The last, smaller batch counts by its images, and held-out accuracy is that of the weights that are saved."""
     recipe = apply_settings(recipe, ["epochs=2", "learning_rate=1e-30", "weight_decay=0"])
     model = build_model(recipe, 0)
+    # More than one batch held out, the last one smaller.
+    held_out = MemoryImages(split.test.pixels.repeat(2, 1, 1, 1), split.test.labels.repeat(2), split.test.classes)
+    split = Split(split.train, held_out, torch.arange(600), torch.arange(600))
     curve = train_classifier(model, recipe, split, 0, tmp_path, lambda share: None)
     with torch.no_grad():
-        logits = model.eval()(split.train_images)
-        loss = torch.nn.functional.cross_entropy(logits, split.train_labels).item()
-        right = (model(split.test_images).argmax(1) == split.test_labels).double().mean().item()
+        logits = model.eval()(split.train.load(range(700)))
+        loss = torch.nn.functional.cross_entropy(logits, split.train.labels).item()
+        right = (model(split.test.pixels).argmax(1) == split.test.labels).double().mean().item()
     # Nothing was learned, so the mean over images is the loss of the whole set.
     assert [epoch.loss for epoch in curve] == pytest.approx([loss, loss], rel=1e-5)
     assert [epoch.held_out_accuracy for epoch in curve] == pytest.approx([right, right])
@@ -223,5 +262,5 @@ def test_seconds_count_training_steps_and_survive_a_resume(recipe, split, tmp_pa
     with pytest.raises(KilledError):
         trained(recipe, split, 0, tmp_path, stop)
     _, curve = trained(recipe, split, 0, tmp_path)
-    # Two looks at the clock per step, one tick apart: a second for each of the 24 steps of an epoch.
-    assert [epoch.seconds for epoch in curve] == [24.0, 48.0, 72.0]
+    # Two looks at the clock per step, one tick apart: a second for each of the 11 steps of an epoch.
+    assert [epoch.seconds for epoch in curve] == [11.0, 22.0, 33.0]

@@ -1,15 +1,14 @@
 """Train an image classifier for a recipe: Lightning does the loop, and a killed training goes on to the same weights.
 
-AdamW with a one-cycle learning rate (arXiv 1708.07120). The last weights count; no epoch is chosen.
+The last weights count; no epoch is chosen.
 """
 
-import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import lightning
@@ -19,14 +18,19 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from twicing.adapters.surgery import spec
 from twicing.models.vision import PixelModel, vision_transformer
-from twicing.training.recipe import Recipe
-from twicing.training.split import STEP_STREAM, Split, stream_seed, test_loader, train_loader
-
-CHECKPOINT = "last.ckpt"
+from twicing.training.checkpoint import CHECKPOINT, check_checkpoint, identity, read_checkpoint, save_checkpoint
+from twicing.training.hardware import Hardware
+from twicing.training.loaders import Batch, held_out_loader, train_loader
+from twicing.training.mixing import Mixing
+from twicing.training.protocol import Recipe
+from twicing.training.schedule import optimizer_and_schedule
+from twicing.training.split import Split
+from twicing.training.streams import STEP_STREAM, stream_seed
 
 Progress = Callable[[float], None]
+
+ON_ONE_CPU = Hardware()
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,12 @@ class Epoch:
 
 
 def build_model(recipe: Recipe, seed: int) -> PixelModel:
-    """The recipe's standard model, its weights a function of the seed alone; convert() it to put a mechanism in."""
+    """The recipe's standard model, its weights a function of the seed alone; convert() it to put a mechanism in.
+
+    Raises ValueError where the recipe leaves the number of classes open: with_classes() fills it in.
+    """
+    if not recipe.classes:
+        raise ValueError(f"{recipe.name} finds its classes in the data: call with_classes(recipe, data_dir) first.")
     return vision_transformer(
         image_size=recipe.image_size,
         patch_size=recipe.patch_size,
@@ -53,48 +62,56 @@ def build_model(recipe: Recipe, seed: int) -> PixelModel:
         mean=recipe.mean,
         std=recipe.std,
         seed=seed,
+        attention_passes=recipe.attention_passes,
+        drop_path=recipe.drop_path,
+        weights=recipe.weights,
     )
 
 
 def train_classifier(
-    model: nn.Module, recipe: Recipe, split: Split, seed: int, folder: Path, progress: Progress
+    model: nn.Module,
+    recipe: Recipe,
+    split: Split,
+    seed: int,
+    folder: Path,
+    progress: Progress,
+    hardware: Hardware = ON_ONE_CPU,
 ) -> list[Epoch]:
     """Train the model in place and return its curve, one row an epoch; folder/last.ckpt is its last state.
 
     Where folder holds the checkpoint of an interrupted training, that one goes on: weights and curve come out as if it
-    had not been interrupted (seconds go on counting). progress is told the share that is done.
-    Raises ValueError where that checkpoint belongs to another seed or mechanism, FloatingPointError where the loss is
-    not finite.
+    had not been interrupted (seconds go on counting). A kill loses at most the epoch begun. progress is told the share
+    that is done. Of several processes (see Hardware) each calls this with the same arguments; the first one writes.
+    With fsdp the model's own weights are left cut up: build it anew and load_trained().
+    Raises ValueError where that checkpoint belongs to another seed or mechanism, or the hardware does not fit,
+    FloatingPointError where the loss is not finite.
     """
+    _check_hardware(hardware, recipe)
     checkpoint = folder / CHECKPOINT
     if checkpoint.exists():
-        _check_checkpoint(_read_checkpoint(checkpoint), model, seed, checkpoint)
+        check_checkpoint(read_checkpoint(checkpoint), model, seed, checkpoint)
     # Lightning leaves the mode of a model as it finds it.
     model.train()
-    bookkeeping = _Bookkeeping(checkpoint, recipe.epochs, progress)
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=recipe.epochs,
-        callbacks=[bookkeeping],
-        default_root_dir=folder,
-        # Curves, checkpoints and progress are ours: they have to survive a kill and be read by the report.
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-    )
-    with warnings.catch_warnings():
-        # Data in memory need no worker processes, which Lightning advises.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        # Lightning 2.6 calls pytree names that torch 2.13 has renamed.
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+    bookkeeping = _Bookkeeping(checkpoint, recipe.all_epochs, progress)
+    with _quiet():
+        trainer = lightning.Trainer(
+            **hardware.trainer_options(),
+            max_epochs=recipe.all_epochs,
+            callbacks=[bookkeeping],
+            default_root_dir=folder,
+            # Curves, checkpoints and progress are ours: they have to survive a kill and be read by the report.
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        place = {"rank": trainer.global_rank, "world": trainer.world_size, "workers": hardware.workers}
         trainer.fit(
             _Classifier(model, recipe, seed),
-            train_loader(split, recipe.batch_size, seed),
-            test_loader(split),
+            train_loader(split.train, recipe, seed, **place),
+            held_out_loader(split.test, **place),
             ckpt_path=checkpoint if checkpoint.exists() else None,
             weights_only=True,
         )
@@ -102,12 +119,12 @@ def train_classifier(
 
 
 def load_trained(model: nn.Module, seed: int, folder: Path) -> None:
-    """Load the weights that train_classifier() left in the folder into the model.
+    """Load the last weights that train_classifier() left in the folder into the model; not those of the running mean.
 
     Raises ValueError where they are of another mechanism or seed, or the file is damaged.
     """
-    saved = _read_checkpoint(folder / CHECKPOINT)
-    _check_checkpoint(saved, model, seed, folder / CHECKPOINT)
+    saved = read_checkpoint(folder / CHECKPOINT)
+    check_checkpoint(saved, model, seed, folder / CHECKPOINT)
     weights = {name.removeprefix("model."): w for name, w in saved["state_dict"].items() if name.startswith("model.")}
     model.load_state_dict(weights)
 
@@ -119,35 +136,44 @@ class _Classifier(lightning.LightningModule):
         # By default NaN is left out of the mean, and a diverged training would look like a good one.
         self.loss = MeanMetric(nan_strategy="disable")
         self.accuracy = MulticlassAccuracy(num_classes=recipe.classes, average="micro")
+        self.mixing = Mixing(recipe.augmentation, recipe.classes, seed) if recipe.augmentation.mixes else None
+        self.ema = _running_mean(model, recipe.ema_decay)
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        images, labels = batch
-        loss = F.cross_entropy(self.model(images), labels)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels, share = batch
+        if self.mixing is None:
+            loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.recipe.augmentation.smoothing)
+        else:
+            images, targets = self.mixing(images, labels, self.trainer.global_step)
+            # Shares of classes as targets: timm's SoftTargetCrossEntropy.
+            loss = F.cross_entropy(self.model(images), targets)
         # Once for every image: with nan_strategy="disable", torchmetrics 1.9 ignores the weight argument.
-        self.loss.update(loss.detach().expand(len(labels)))
-        return loss
+        self.loss.update(loss.detach().expand(len(labels) if share else 0))
+        # Processes take the plain mean of their gradients, and their slices of a batch may differ in size.
+        return loss * share
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        images, labels = batch
-        self.accuracy.update(self.model(images), labels)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        images, labels, share = batch
+        logits = self.model(images)
+        if share:
+            self.accuracy.update(logits, labels)
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.ema is not None:
+            self.ema.update(self.model)
 
     def configure_optimizers(self) -> Any:
-        recipe = self.recipe
-        # Fused: one pass over all weights instead of one loop for each, a tenth of a step of this size.
-        optimizer = torch.optim.AdamW(
-            self.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-        )
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer,
-            max_lr=recipe.learning_rate,
-            total_steps=int(self.trainer.estimated_stepping_batches),
-            pct_start=recipe.warmup_share,
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return optimizer_and_schedule(self.model, self.recipe, int(self.trainer.estimated_stepping_batches))
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        if self.recipe.cosine is None:
+            scheduler.step()
+        else:
+            # timm's are told the epoch that comes next.
+            scheduler.step(self.current_epoch + 1)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # Weights do not know their formula.
-        checkpoint["twicing"] = {"spec": spec(self.model), "recipe": self.recipe.name, "seed": self.seed}
+        checkpoint["twicing"] = identity(self.model, self.recipe.name, self.seed)
 
 
 class _Bookkeeping(lightning.Callback):
@@ -165,7 +191,7 @@ class _Bookkeeping(lightning.Callback):
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # Dropout draws from the global generator, which Lightning does not restore on resume.
-        torch.manual_seed(stream_seed(pl_module.seed, STEP_STREAM, trainer.global_step))
+        torch.manual_seed(stream_seed(pl_module.seed, STEP_STREAM, trainer.global_step, trainer.global_rank))
         self._step_started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -181,10 +207,7 @@ class _Bookkeeping(lightning.Callback):
             )
         accuracy = pl_module.accuracy.compute().item()
         self.curve.append(Epoch(trainer.current_epoch + 1, loss, accuracy, self.seconds))
-        # Written beside it and renamed: a kill while writing leaves the one before.
-        unfinished = self.checkpoint.with_suffix(".unfinished")
-        trainer.save_checkpoint(unfinished)
-        os.replace(unfinished, self.checkpoint)
+        save_checkpoint(trainer, self.checkpoint)
 
     def state_dict(self) -> dict[str, Any]:
         return {"curve": [vars(epoch) for epoch in self.curve], "seconds": self.seconds}
@@ -194,29 +217,30 @@ class _Bookkeeping(lightning.Callback):
         self.seconds = state_dict["seconds"]
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    try:
-        checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: delete training.json beside it and run the same command again.") from None
-    except PermissionError:
-        raise
-    except (RuntimeError, EOFError, UnpicklingError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged: delete it and training.json beside it, and run the same command again."
-        ) from error
-    return checkpoint
+def _running_mean(model: nn.Module, decay: float) -> Any:
+    if not decay:
+        return None
+    from timm.utils.model_ema import ModelEmaV3
+
+    # Without gradients: several processes would wait for them.
+    return ModelEmaV3(model, decay=decay).requires_grad_(False)
 
 
-def _check_checkpoint(checkpoint: dict[str, Any], model: nn.Module, seed: int, path: Path) -> None:
-    saved, own = checkpoint["twicing"]["spec"], spec(model)
-    if saved != own:
-        raise ValueError(
-            f"{path} holds weights of another formula: it was trained with {saved or 'standard attention'}, and the "
-            f"model has {own or 'standard attention'}. Convert the model with the checkpoint's spec first."
-        )
-    if checkpoint["twicing"]["seed"] != seed:
-        raise ValueError(
-            f"{path} is one of seed {checkpoint['twicing']['seed']}, and this training's is {seed}: "
-            "give each training a folder of its own."
-        )
+def _check_hardware(hardware: Hardware, recipe: Recipe) -> None:
+    hardware.check_processes()
+    if hardware.strategy == "fsdp" and recipe.ema_decay:
+        raise ValueError("--strategy fsdp cuts the weights up and no running mean is kept then: set ema_decay=0.")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # Data in memory need no worker processes, which Lightning advises.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # The running mean of the weights is one that is only evaluated.
+        warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")
+        # The first token's weight lies in memory as its gradient does not: a matter of speed.
+        warnings.filterwarnings("ignore", message=".*Grad strides do not match bucket view strides.*")
+        # Lightning 2.6 calls pytree names that torch 2.13 has renamed.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+        yield

@@ -1,131 +1,44 @@
 """A recipe is a function that returns a whole configuration; derive another one by changing two fields.
 
-The protocol of `digits` is this library's own: no paper trains on these images.
+The protocols of the small ones are this library's own: no paper trains these models on these images.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from itertools import pairwise
-from math import isfinite
-from typing import Any, Literal
 
 from twicing.data.digits import FOLDS
 from twicing.names import listed
-from twicing.robustness.attacks import PgdPlan
-from twicing.robustness.threat import Threat, as_fraction
+from twicing.training.augmentation import Augmentation
+from twicing.training.evaluation import Evaluation
+from twicing.training.protocol import Cosine, Primary, Recipe
 
-# Facts of a recipe and its data, which --set cannot change.
-FIXED = {"settable": False}
+__all__ = [
+    "RECIPES",
+    "Augmentation",
+    "Cosine",
+    "Evaluation",
+    "Primary",
+    "Recipe",
+    "cifar10",
+    "digits",
+    "find_recipe",
+    "imagefolder",
+    "imagenet_deit_tiny",
+    "mnist",
+]
 
-PGD_HEADLINE = "1/16"
+XAVIER = "Xavier-uniform weights, with which the tokens of so deep a model are alike before training"
 
+EPS50 = Primary("eps50 under PGD", "eps50 [share of pixel range]", {"threat": "pgd"}, "higher")
+CLEAN = Primary("clean accuracy", "accuracy [share of images]", {"threat": "clean"}, "higher")
+SIMILARITY = Primary(
+    "token similarity after the last block",
+    "mean pairwise cosine",
+    {"layer": "last", "where": "block output", "when": "trained"},
+    "neither",
+)
 
-@dataclass(frozen=True)
-class Primary:
-    """A metric that the recipe declares before it is run; these alone are corrected and called a result.
-
-    conditions: which of the metric's records are meant, such as {"threat": "clean"}; {"layer": "last"} is the deepest.
-    """
-
-    name: str
-    metric: str
-    conditions: dict[str, Any]
-    better: Literal["higher", "lower", "neither"]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What a trained model is put through. Sizes of noise and attack are fractions of the pixel range [0, 1]."""
-
-    noise: tuple[str, ...] = ("1/16", "1/8", "1/4")
-    """Standard deviations of Gaussian noise."""
-    eps: tuple[str, ...] = ("1/32", "1/16", "1/8")
-    """Largest change of a pixel that FGSM and PGD may make, ascending."""
-    pgd_steps: int = 15
-    """Steps of PGD, each 3 / steps of eps (0.2 at 15 steps)."""
-    pgd_restarts: int = 1
-    """Restarts of PGD; each is one run per loss (cross-entropy and margin), each from its own random start."""
-
-    def __post_init__(self) -> None:
-        # What cannot be measured is refused here, and not after a training.
-        for sd in self.noise:
-            if as_fraction(sd, "evaluation.noise") <= 0:
-                raise ValueError(f"evaluation.noise must be above 0: got {sd}.")
-        sizes = [Threat(eps).eps for eps in self.eps]
-        if not sizes or sizes[0] == 0 or any(low >= high for low, high in pairwise(sizes)):
-            raise ValueError(f"evaluation.eps must be sizes above 0 in ascending order: got {', '.join(self.eps)}.")
-        PgdPlan(self.pgd_steps, None, self.pgd_restarts, ("cross-entropy", "margin"), random_start=True)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """All that defines a training and its evaluation; everything else follows from it and the seed."""
-
-    name: str = field(metadata=FIXED)
-    title: str = field(metadata=FIXED)
-    """What is trained on what, in a few words; {depth} stands for the number of layers."""
-    limits: str = field(metadata=FIXED)
-    """What the experiment cannot tell, said first in its report."""
-    data: Literal["digits"]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    image_size: int = field(metadata=FIXED)
-    channels: int = field(metadata=FIXED)
-    classes: int = field(metadata=FIXED)
-    folds: int = field(metadata=FIXED)
-    """The data are cut into so many parts, and seed k holds out part k (k wraps around)."""
-    initialisation: str = field(metadata=FIXED)
-    """How weights are drawn, in one sentence."""
-    patch_size: int
-    depth: int
-    width: int
-    heads: int
-    mlp_ratio: float
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    """Largest learning rate of the one-cycle schedule (AdamW)."""
-    weight_decay: float
-    warmup_share: float
-    """Share of all steps in which the learning rate rises."""
-    primary: tuple[Primary, ...]
-    """At most three metrics, declared before the runs."""
-    evaluation: Evaluation = field(default_factory=Evaluation)
-
-    @property
-    def headline(self) -> str:
-        """The title with what it names filled in."""
-        return self.title.format(depth=self.depth)
-
-    def __post_init__(self) -> None:
-        counts = ("image_size", "channels", "classes", "patch_size", "depth", "width", "heads", "epochs", "batch_size")
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be 1 or larger: got {getattr(self, name)}.")
-        if self.image_size % self.patch_size or self.width % self.heads:
-            raise ValueError(
-                "image_size must be a multiple of patch_size, and width of heads: got "
-                f"{self.image_size} and {self.patch_size}, {self.width} and {self.heads}."
-            )
-        if not 0 < self.warmup_share < 1:
-            raise ValueError(f"warmup_share must lie between 0 and 1: got {self.warmup_share}.")
-        for name, lowest in (("learning_rate", 0.0), ("mlp_ratio", 0.0), ("weight_decay", None)):
-            value = getattr(self, name)
-            if not isfinite(value) or (value < 0 if lowest is None else value <= lowest):
-                bound = "0 or larger" if lowest is None else "above 0"
-                raise ValueError(f"{name} must be a finite number {bound}: got {value}.")
-        if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std) <= 0:
-            raise ValueError(
-                f"mean and std must have one number for each of the {self.channels} channels, std above 0: got "
-                f"{self.mean} and {self.std}."
-            )
-        for primary in self.primary:
-            eps = primary.conditions.get("eps")
-            if eps is not None and eps not in self.evaluation.eps:
-                raise ValueError(
-                    f"evaluation.eps must contain {eps}, spelt so, as {primary.name!r} is a primary metric: got "
-                    f"{', '.join(self.evaluation.eps)}."
-                )
+# Mean and deviation of ImageNet's pixels, as torchvision and timm have them.
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def digits() -> Recipe:
@@ -142,7 +55,8 @@ def digits() -> Recipe:
         channels=1,
         classes=10,
         folds=FOLDS,
-        initialisation="Xavier-uniform weights, with which the tokens of so deep a model are alike before training",
+        initialisation=XAVIER,
+        weights="xavier",
         patch_size=2,
         depth=12,
         width=64,
@@ -155,25 +69,184 @@ def digits() -> Recipe:
         learning_rate=1e-3,
         weight_decay=0.05,
         warmup_share=0.2,
-        primary=(
-            Primary(
-                f"PGD accuracy at eps {PGD_HEADLINE}",
-                "accuracy [share of images]",
-                {"threat": "pgd", "eps": PGD_HEADLINE},
-                "higher",
-            ),
-            Primary("clean accuracy", "accuracy [share of images]", {"threat": "clean"}, "higher"),
-            Primary(
-                "token similarity after the last block",
-                "mean pairwise cosine",
-                {"layer": "last", "where": "block output", "when": "trained"},
-                "neither",
-            ),
-        ),
+        primary=(EPS50, CLEAN, SIMILARITY),
+        fixed=("image_size", "channels", "classes", "dataset"),
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"digits": digits}
+def mnist() -> Recipe:
+    """MNIST, 28 x 28 pixels, a ViT of 12 layers and 16 + 1 tokens for one epoch: a minute and a half of one core."""
+    return Recipe(
+        name="mnist",
+        title="a vision transformer of {depth} layers on MNIST",
+        limits="undertrained (one epoch) and small (width 64), undefended models; grey digits of 28 x 28 pixels, which "
+        "say nothing about ImageNet",
+        data="mnist",
+        # Mean and deviation of the pixels to train on.
+        mean=(0.1307,),
+        std=(0.3081,),
+        image_size=28,
+        channels=1,
+        classes=10,
+        folds=0,
+        initialisation=XAVIER,
+        weights="xavier",
+        patch_size=7,
+        depth=12,
+        width=64,
+        heads=4,
+        mlp_ratio=2.0,
+        epochs=1,
+        batch_size=32,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        warmup_share=0.2,
+        primary=(EPS50, CLEAN, SIMILARITY),
+        evaluation=Evaluation(eps=("1/256", "1/128", "1/64", "1/32", "1/16"), probes=300, verdict_eps="1/64"),
+        fixed=("image_size", "channels", "classes", "dataset"),
+    )
+
+
+def cifar10() -> Recipe:
+    """CIFAR-10, 32 x 32 pixels, the same ViT as for MNIST with patches of 8 pixels, two epochs."""
+    return Recipe(
+        name="cifar10",
+        title="a vision transformer of {depth} layers on CIFAR-10",
+        limits="undertrained (two epochs) and small (width 64), undefended models; where the images were read from "
+        "JPEG files they are CIFAR-10 (JPEG), whose accuracies cannot be compared with published ones",
+        data="cifar10",
+        # Mean and deviation of the pixels to train on.
+        mean=(0.4914, 0.4822, 0.4465),
+        std=(0.2470, 0.2435, 0.2616),
+        image_size=32,
+        channels=3,
+        classes=10,
+        folds=0,
+        initialisation=XAVIER,
+        weights="xavier",
+        patch_size=8,
+        depth=12,
+        width=64,
+        heads=4,
+        mlp_ratio=2.0,
+        epochs=2,
+        batch_size=32,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        warmup_share=0.2,
+        primary=(EPS50, CLEAN, SIMILARITY),
+        evaluation=Evaluation(
+            noise=("1/32", "1/16", "1/8"),
+            eps=("1/4/255", "1/2/255", "1/255", "2/255", "4/255"),
+            probes=300,
+            verdict_eps="1/255",
+        ),
+        fixed=("image_size", "channels", "classes", "dataset"),
+    )
+
+
+def imagefolder() -> Recipe:
+    """Any images in class folders, train/ and val/: sizes are yours to set, classes are found in the data."""
+    return Recipe(
+        name="imagefolder",
+        title="a vision transformer of {depth} layers on images in class folders",
+        limits="trained from nothing with settings of no paper, undefended models: a comparison of arms, not a record",
+        data="imagefolder",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        image_size=64,
+        channels=3,
+        classes=0,
+        folds=0,
+        initialisation=XAVIER,
+        weights="xavier",
+        patch_size=8,
+        depth=12,
+        width=192,
+        heads=3,
+        mlp_ratio=4.0,
+        epochs=20,
+        batch_size=64,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        warmup_share=0.2,
+        # A third of the area and more, and mirrored: what small sets of photographs are usually given.
+        augmentation=Augmentation(flip=True, smallest_crop=0.35),
+        primary=(EPS50, CLEAN, SIMILARITY),
+        evaluation=Evaluation(
+            noise=("1/32", "1/16", "1/8"),
+            eps=("1/4/255", "1/2/255", "1/255", "2/255", "4/255"),
+            probes=500,
+            verdict_eps="1/2/255",
+        ),
+        fixed=("channels", "dataset"),
+    )
+
+
+def imagenet_deit_tiny() -> Recipe:
+    """The whole recipe of DeiT-tiny on ImageNet-1K by timm's own parts; data by a folder or by a name of timm's.
+
+    Source: arXiv 2012.12877, table 9, as the papers on attention that collapses less take it over: 4 x 256 images a
+    step, AdamW at 1e-3. The last weights are evaluated, as in the released script; those of the running mean (EMA)
+    are in the checkpoint beside them.
+    """
+    return Recipe(
+        name="imagenet_deit_tiny",
+        title="DeiT-tiny ({depth} layers) on ImageNet-1K",
+        limits="undefended models; one training takes days on several GPUs, and one seed of this model differs from "
+        "another by .2 to .5 points",
+        data="timm",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        image_size=224,
+        channels=3,
+        classes=0,
+        folds=0,
+        initialisation="normal weights of deviation .02, as in DeiT",
+        weights="timm",
+        patch_size=16,
+        depth=12,
+        width=192,
+        heads=3,
+        mlp_ratio=4.0,
+        drop_path=0.1,
+        epochs=300,
+        batch_size=1024,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        cosine=Cosine(),
+        # As DeiT's script has it by default.
+        ema_decay=0.99996,
+        augmentation=Augmentation(
+            flip=True,
+            smallest_crop=0.08,
+            rand_augment="rand-m9-mstd0.5-inc1",
+            colour_jitter=0.4,
+            erasing=0.25,
+            repeats=3,
+            mixup=0.8,
+            cutmix=1.0,
+            switch=0.5,
+            smoothing=0.1,
+        ),
+        primary=(EPS50, CLEAN, SIMILARITY),
+        evaluation=Evaluation(
+            noise=("1/32", "1/16", "1/8"),
+            eps=("1/16/255", "1/8/255", "1/4/255", "1/2/255", "1/255", "2/255", "4/255"),
+            probes=1000,
+            verdict_eps="1/4/255",
+        ),
+        fixed=("channels",),
+    )
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "digits": digits,
+    "mnist": mnist,
+    "cifar10": cifar10,
+    "imagefolder": imagefolder,
+    "imagenet_deit_tiny": imagenet_deit_tiny,
+}
 
 
 def find_recipe(name: str) -> Recipe:

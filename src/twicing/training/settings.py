@@ -9,27 +9,37 @@ from twicing.names import listed
 
 Config = TypeVar("Config")
 
-SCALARS: dict[Any, typing.Callable[[str], Any]] = {int: int, float: float, str: str}
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(text)
+    return text.lower() == "true"
+
+
+SCALARS: dict[Any, typing.Callable[[str], Any]] = {int: int, float: float, str: str, bool: _flag}
 
 
 def apply_settings(config: Config, settings: Iterable[str]) -> Config:
     """The configuration with each "key=value" applied; a dot reaches into a part, as in "evaluation.eps=1/16,1/8".
 
-    A value takes the type of its field: a whole number, a number, a text, or several of one kind with commas between.
+    A value takes the type of its field: a whole number, a number, a text, true or false, or several of one kind with
+    commas between. All are applied at once, so their order does not matter.
     Raises ValueError, one sentence, for an unknown key (naming the nearest), and for a value of another type.
     """
+    changes: dict[str, Any] = {}
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or not key:
             raise ValueError(f"a setting is key=value: got {setting!r}.")
-        config = _replaced(config, key.split("."), text, key)
-    return config
+        _collect(changes, config, key.split("."), text, key)
+    return _changed(config, changes)
 
 
 def settable_keys(config: object, prefix: str = "") -> dict[str, Any]:
     """All keys that apply_settings() takes, with their values; fields marked as fixed are none."""
     keys: dict[str, Any] = {}
     fixed = {field.name for field in dataclasses.fields(config) if not field.metadata.get("settable", True)}  # type: ignore[arg-type]
+    fixed |= set(getattr(config, "fixed", ()))
     for name, annotation in _fields(config).items():
         if name in fixed:
             continue
@@ -52,22 +62,28 @@ def parse_options(options: Iterable[str]) -> dict[str, Any]:
     return parsed
 
 
-def _replaced(config: Any, path: list[str], text: str, key: str, prefix: str = "") -> Any:
+def _collect(changes: dict[str, Any], config: Any, path: list[str], text: str, key: str, prefix: str = "") -> None:
     annotations = _fields(config)
     name, rest = path[0], path[1:]
     known = settable_keys(config, prefix)
     part = getattr(config, name, None)
     if name in annotations and rest and dataclasses.is_dataclass(part):
-        return dataclasses.replace(config, **{name: _replaced(part, rest, text, key, f"{prefix}{name}.")})
+        _collect(changes.setdefault(name, {}), part, rest, text, key, f"{prefix}{name}.")
+        return
     if rest or prefix + name not in known:
         raise ValueError(f"unknown key {key!r}: {listed(key, known)}")
     convert = _converter(annotations[name])
     assert convert is not None  # settable_keys() lists only what can be converted
     try:
-        value = convert(text)
+        changes[name] = convert(text)
     except ValueError:
         raise ValueError(f"{key} takes a value like {_written(known[prefix + name])}: got {text!r}.") from None
-    return dataclasses.replace(config, **{name: value})
+
+
+def _changed(config: Any, changes: dict[str, Any]) -> Any:
+    # All at once: two values that fit each other need not fit what the other was before.
+    new = {name: _changed(getattr(config, name), v) if isinstance(v, dict) else v for name, v in changes.items()}
+    return dataclasses.replace(config, **new)
 
 
 def _fields(config: object) -> dict[str, Any]:
@@ -85,6 +101,8 @@ def _converter(annotation: Any) -> typing.Callable[[str], Any] | None:
 
 
 def _written(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
