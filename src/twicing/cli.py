@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 try:
     import tyro
@@ -16,9 +17,13 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"twicing: the commands need {error.name}, which is missing: pip install 'twicing[lab]'") from None
 
 from twicing.experiments.bench.options import DecodeOptions, ModelOptions, OpsOptions
+from twicing.experiments.evaluate.options import Evaluate
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from twicing.experiments.plan import Resources
+    from twicing.training.recipe import Recipe
 
 Settings = Annotated[
     tuple[str, ...],
@@ -38,17 +43,29 @@ class Compare:
     """
 
     recipe: Positional[str] = "digits"
-    """What to train on what. There is: digits (scikit-learn's handwritten digits, no download)."""
+    """What to train on what: digits (scikit-learn's handwritten digits, no download), mnist, cifar10, imagefolder, or
+    imagenet_deit_tiny, which read their images from --data-dir."""
     mechanisms: tuple[str, ...] = ("standard", "twicing")
-    """Mechanisms by name, or your own by import path, as in my_pkg.my_file:MyAttention."""
+    """Mechanisms by name, or your own by import path, as in my_pkg.my_file:MyAttention, which is checked before it
+    trains. NAME@LAYERS places one, as in twicing@10-12."""
     seeds: int = 6
     """How many seeds; fewer than five can hardly show anything."""
-    layers: str = "all"
-    """Where to put the mechanisms, counted from 1: all, 10-12, last-3, or 1,2,3."""
+    layers: tuple[str, ...] = ("all",)
+    """Where to put the mechanisms, counted from 1: all, 10-12, last-3, or 1,2,3. Several placements are several arms:
+    --layers 1-3 10-12 7-12 1-12."""
     controls: bool = False
-    """Add the controls: smooth-more (A^2 V), and standard against standard with other seeds (the noise floor)."""
+    """Add the five controls: standard for equal time, standard widened to equal multiply-adds, two attentions a block,
+    smooth-more (A^2 V), and standard against standard with other seeds (the noise floor)."""
+    data_dir: Path | None = None
+    """Where the recipe's images are: mnist.npz or its folder; train and test folders, or archives of them."""
     jobs: int | None = None
     """Trainings side by side, each on one thread; as many as there are cores by default. Changes no result."""
+    accelerator: str | None = None
+    """cpu, gpu or auto; the CPU by default for small images."""
+    precision: str = "32-true"
+    """Lightning's: 32-true, bf16-mixed, 16-mixed."""
+    workers: int | None = None
+    """Processes that read and augment the images of one training; by the recipe by default."""
     out: Path | None = None
     """The run folder; runs/RECIPE by default."""
     set: Settings = ()
@@ -58,11 +75,13 @@ class Compare:
 class Train:
     """Train one model of a recipe with one mechanism, and evaluate it.
 
+    Several devices: torchrun --nproc-per-node 8 -m twicing train imagenet_deit_tiny --data-dir DIR --devices 8 ...
+
     Example: twicing train digits --mechanism twicing --layers 10-12 --set epochs=5 --options gain=0.5
     """
 
     recipe: Positional[str] = "digits"
-    """What to train on what. There is: digits."""
+    """What to train on what: digits, mnist, cifar10, imagefolder, imagenet_deit_tiny."""
     mechanism: str = "standard"
     """A mechanism by name, or your own by import path, as in my_pkg.my_file:MyAttention."""
     layers: str = "all"
@@ -72,6 +91,20 @@ class Train:
     ] = ()
     seed: int = 0
     """Decides weights, data order, and the fold that is held out."""
+    data_dir: Path | None = None
+    """Where the recipe's images are: mnist.npz or its folder; train and test folders, or archives of them."""
+    accelerator: str | None = None
+    """cpu, gpu or auto; the CPU by default for small images."""
+    precision: str = "32-true"
+    """Lightning's: 32-true, bf16-mixed, 16-mixed."""
+    devices: str = "auto"
+    """Processes on this machine, as many as torchrun started. The batch is divided among them."""
+    num_nodes: int = 1
+    """Machines, each with its own torchrun."""
+    strategy: str = "auto"
+    """Lightning's: ddp or fsdp for several devices."""
+    workers: int | None = None
+    """Processes that read and augment the images; by the recipe by default."""
     out: Path | None = None
     """The run folder; runs/train-RECIPE-MECHANISM by default."""
     set: Settings = ()
@@ -101,6 +134,7 @@ class Bench:
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Env, tyro.conf.subcommand("env")]
 )
@@ -133,7 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ) from None
 
 
-def _run(command: Compare | Train | Bench | Env, typed: str) -> None:
+def _run(command: Compare | Train | Evaluate | Bench | Env, typed: str) -> None:
     # Imported here, so that --help and a misspelt option answer at once.
     from rich.console import Console
 
@@ -144,42 +178,74 @@ def _run(command: Compare | Train | Bench | Env, typed: str) -> None:
     if isinstance(command, Bench):
         _bench(command.what, console)
         return
-    from twicing.experiments.compare import compare, cores, train
+    if isinstance(command, Evaluate):
+        _evaluate(command, console, typed)
+        return
     from twicing.experiments.processes import JobFailedError
-    from twicing.training.recipe import find_recipe
-    from twicing.training.settings import apply_settings, parse_options
 
     # A mechanism by import path may be a file in the current folder, which a console script does not look into.
     if "" not in sys.path:
         sys.path.insert(0, "")
-    recipe = apply_settings(find_recipe(command.recipe), command.set)
     try:
-        if isinstance(command, Compare):
-            compare(
-                recipe,
-                command.mechanisms,
-                seeds=command.seeds,
-                layers=command.layers,
-                controls=command.controls,
-                side_by_side=cores() if command.jobs is None else command.jobs,
-                folder=command.out or Path("runs") / recipe.name,
-                command=typed,
-                console=console,
-            )
-        else:
-            results = train(
-                recipe,
-                command.mechanism,
-                layers=command.layers,
-                options=parse_options(command.options),
-                seed=command.seed,
-                folder=command.out or Path("runs") / f"train-{recipe.name}-{command.mechanism.replace(':', '-')}",
-                command=typed,
-                console=console,
-            )
-            print(f"Results: {results}")
+        _compare(command, console, typed) if isinstance(command, Compare) else _train(command, console, typed)
     except JobFailedError as error:
         raise SystemExit(f"twicing: {error}") from None
+
+
+def _compare(command: Compare, console: Console, typed: str) -> None:
+    from twicing.experiments.compare import compare, cores
+    from twicing.training.recipe import find_recipe
+    from twicing.training.settings import apply_settings
+
+    recipe = apply_settings(find_recipe(command.recipe), command.set)
+    compare(
+        recipe,
+        command.mechanisms,
+        seeds=command.seeds,
+        layers=command.layers,
+        controls=command.controls,
+        side_by_side=cores() if command.jobs is None else command.jobs,
+        folder=command.out or Path("runs") / recipe.name,
+        command=typed,
+        console=console,
+        resources=_resources(recipe, command, devices="auto", num_nodes=1, strategy="auto"),
+    )
+
+
+def _train(command: Train, console: Console, typed: str) -> None:
+    from twicing.experiments.compare import train
+    from twicing.training.recipe import find_recipe
+    from twicing.training.settings import apply_settings, parse_options
+
+    recipe = apply_settings(find_recipe(command.recipe), command.set)
+    hardware = {"devices": command.devices, "num_nodes": command.num_nodes, "strategy": command.strategy}
+    results = train(
+        recipe,
+        command.mechanism,
+        layers=command.layers,
+        options=parse_options(command.options),
+        seed=command.seed,
+        folder=command.out or Path("runs") / f"train-{recipe.name}-{command.mechanism.replace(':', '-')}",
+        command=typed,
+        console=console,
+        resources=_resources(recipe, command, **hardware),
+    )
+    print(f"Results: {results}")
+
+
+def _resources(recipe: Recipe, command: Compare | Train, **hardware: Any) -> Resources:
+    from twicing.experiments.plan import Resources
+    from twicing.training.hardware import default_hardware
+
+    chosen = {"accelerator": command.accelerator, "workers": command.workers, "precision": command.precision}
+    given = {name: value for name, value in (chosen | hardware).items() if value is not None}
+    return Resources(command.data_dir, hardware=dataclasses.replace(default_hardware(recipe), **given))
+
+
+def _evaluate(command: Evaluate, console: Console, typed: str) -> None:
+    from twicing.experiments.evaluate.run import evaluate
+
+    evaluate(command, console, typed)
 
 
 def _bench(options: OpsOptions | DecodeOptions | ModelOptions, console: Console) -> None:

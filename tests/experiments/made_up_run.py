@@ -6,7 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from twicing.experiments.results import Correctness, Record, threat_key, write_predictions, write_records
+from twicing.experiments.results import (
+    Correctness,
+    Record,
+    read_records,
+    threat_key,
+    write_predictions,
+    write_records,
+)
 
 ACCURACY = "accuracy [share of images]"
 EPS = ("1/64", "1/32", "1/16", "1/8", "1/4")
@@ -30,8 +37,32 @@ MEANING = {
     "twicing": "Twicing attention, (2A - A^2) V, in every layer.",
     "smooth-more": "A^2 V: smooths more than attention does, where twicing smooths less.",
     "standard (other seeds)": "standard against standard with other seeds.",
+    "standard-equal-time": "standard attention, trained for as many seconds as twicing.",
+    "standard-wide": "standard attention, wider, with as many multiply-adds as twicing.",
+    "two-attentions": "standard attention applied twice in every block.",
+    "neutreno": "NeuTRENO in all layers.",
+    "twicing [10-12]": "Twicing attention in the layers 10 to 12.",
+    "twicing [1-12]": "Twicing attention in all layers.",
 }
-CONTROLS = ("smooth-more", "standard (other seeds)")
+CONTROLS = ("standard-equal-time", "standard-wide", "two-attentions", "smooth-more", "standard (other seeds)")
+TESTED = ("standard", "neutreno", "twicing [10-12]", "twicing [1-12]")
+NINE = (*TESTED, *CONTROLS)
+KINDS = (
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "speckle_noise",
+    "gaussian_blur",
+    "contrast",
+    "pixelate",
+    "jpeg",
+)
+EPS50_PRIMARY = {
+    "name": "eps50",
+    "metric": "eps50 [share of pixel range]",
+    "conditions": {"threat": "pgd"},
+    "better": "higher",
+}
 
 
 def one_record(metric, value, seed=0, arm="standard", conditions=None, **changes):
@@ -66,7 +97,7 @@ def write_folder(folder, records, answers=(), **changes):
     folder.mkdir(parents=True, exist_ok=True)
     arms = tuple(dict.fromkeys(record.arm for record in records))
     seeds = sorted({record.seed for record in records})
-    (folder / "config.json").write_text(json.dumps(make_config(arms, seeds, **changes)))
+    (folder / "config.json").write_text(json.dumps(make_config(arms, seeds) | changes))
     write_records(folder / "results.jsonl", records)
     if answers:
         write_predictions(folder / "predictions.npz", answers)
@@ -77,6 +108,71 @@ def conditions_of(threat):
     if threat == "clean":
         return [{"threat": "clean"}]
     return [{"threat": threat, "sd" if threat == "noise" else "eps": eps} for eps in EPS]
+
+
+def mechanism_of(arm):
+    return "standard" if arm.startswith(("standard", "two")) else "neutreno" if arm == "neutreno" else "twicing"
+
+
+def layers_of(arm):
+    return arm.partition("[")[2].rstrip("]") or "all"
+
+
+def make_attacks(arms=NINE, seeds=range(3), probes=200):
+    """What the attacks and corruptions beyond FGSM and PGD leave, as records."""
+    records = []
+    for place, arm in enumerate(arms):
+        for seed in seeds:
+            own = np.random.default_rng([7, place, seed])
+            base = 0.5 + 0.01 * own.normal() + (0.04 if arm == "twicing [1-12]" else 0.0)
+
+            def add(metric, value, conditions, n=probes, *, arm=arm, seed=seed):
+                fields = {"n": n, "mechanism": mechanism_of(arm), "layers": layers_of(arm)}
+                records.append(one_record(metric, float(value), seed, arm, conditions, **fields))
+
+            add("eps50 [share of pixel range]", base / 16, {"threat": "pgd"})
+            add(ACCURACY, base - 0.02, {"threat": "autoattack", "eps": "1/16"}, 100)
+            for eps in EPS[1:4]:
+                add(ACCURACY, base + 0.05 - float(strength_of({"eps": eps})), {"threat": "spsa", "eps": eps}, 100)
+            for other in arms:
+                if other != arm:
+                    add(ACCURACY, base + 0.2, {"threat": "transfer", "eps": "1/16", "from": other}, 300)
+            total = []
+            for number, kind in enumerate(KINDS):
+                for severity in range(1, 6):
+                    value = max(0.1, 0.95 - 0.03 * severity * (1 + number / 3) + 0.01 * own.normal())
+                    total.append(value)
+                    add(ACCURACY, value, {"threat": "corruption", "kind": kind, "severity": severity})
+            add("mean corruption accuracy [share of images]", np.mean(total), {})
+            for step in range(1, 7):
+                compat = {"threat": "pgd, paper_compat (unverified)", "eps": f"{step}/255 normalised"}
+                add(ACCURACY, base / step, compat)
+    return records
+
+
+def make_verdicts(arms=NINE, seeds=(0, 1), failed=("two-attentions",)):
+    """verdicts.json: the arms in `failed` fail one check on seed 0."""
+
+    def one(arm, seed):
+        blind = arm in failed and seed == 0
+        checks = [
+            {"name": "longer attack", "passed": True, "seen": "PGD-100 with 5 restarts leaves 31 of 100 images right"},
+            {"name": "SPSA", "passed": not blind, "seen": f"SPSA leaves {20 if blind else 35} of 100 images right"},
+        ]
+        return {"passed": not blind, "eps": "1/16", "images": 100, "sentence": "made up", "checks": checks}
+
+    return {arm: {str(seed): one(arm, seed) for seed in seeds} for arm in arms}
+
+
+def make_nine(folder, seeds=range(3), failed=("two-attentions",), **changes):
+    """A run folder of nine arms that has everything that a report knows of."""
+    primary = [EPS50_PRIMARY, PRIMARY[1], PRIMARY[2]]
+    recipe = {"epochs": 8, "std": [0.25], "folds": 6}
+    make_run_folder(folder, NINE, seeds, **{"primary": primary, "recipe": recipe} | changes)
+    records = read_records(folder / "results.jsonl")
+    write_records(folder / "results.jsonl", [*records, *make_attacks(NINE, seeds)])
+    (folder / "verdicts.json").write_text(json.dumps(make_verdicts(failed=failed)))
+    return folder
 
 
 def make_records(arms=("standard", "twicing"), seeds=range(6), epochs=8, layers=12, images=300):
@@ -96,8 +192,8 @@ def make_records(arms=("standard", "twicing"), seeds=range(6), epochs=8, layers=
                         seed=seed,
                         arm=arm,
                         recipe="digits",
-                        mechanism="standard" if arm.startswith("standard") else "twicing",
-                        layers="all",
+                        mechanism=mechanism_of(arm),
+                        layers=layers_of(arm),
                         spec=[],
                         conditions=conditions,
                         versions={"torch": "0.0"},
@@ -122,7 +218,9 @@ def make_records(arms=("standard", "twicing"), seeds=range(6), epochs=8, layers=
                 for where in ("attention output", "block output"):
                     for layer in range(1, layers + 1):
                         end = (
-                            0.95 if when == "initialisation" else {"twicing": 0.25, "smooth-more": 0.92}.get(arm, 0.65)
+                            0.95
+                            if when == "initialisation"
+                            else {"twicing": 0.25, "twicing [1-12]": 0.25, "smooth-more": 0.92}.get(arm, 0.65)
                         )
                         cosine = 0.3 + (end - 0.3) * layer / layers + 0.02 * luck + 0.02 * own.normal()
                         at = {"layer": layer, "where": where, "when": when}
@@ -154,8 +252,8 @@ def make_config(arms=("standard", "twicing"), seeds=range(6), **changes):
         "arms": [
             {
                 "label": arm,
-                "mechanism": "standard" if arm.startswith("standard") else "twicing",
-                "layers": "all",
+                "mechanism": mechanism_of(arm),
+                "layers": layers_of(arm),
                 "options": {"gain": -1.0} if arm == "smooth-more" else {},
                 "control": arm in CONTROLS,
                 "meaning": MEANING.get(arm, "An arm of this test."),

@@ -6,7 +6,7 @@ Nothing is demanded of accuracies, in either direction: they are what the compar
 import pytest
 
 from twicing.analysis.layer_similarity import layer_similarity
-from twicing.experiments.arms import arms_of
+from twicing.experiments.arms import arms_under_test, controls_of
 from twicing.experiments.statistics import paired_difference
 from twicing.training.classification import build_model, train_classifier
 from twicing.training.recipe import digits
@@ -24,7 +24,7 @@ def similarity_after(recipe, arm, seed, folder):
     for train in (False, True):
         if train:
             train_classifier(model, recipe, split, seed, folder, lambda share: None)
-        found = layer_similarity(model.eval(), split.test_images)
+        found = layer_similarity(model.eval(), split.test.load(split.probes.tolist()))
         values.append(found["block output", "mean pairwise cosine"][-1].item())
     return values
 
@@ -33,9 +33,11 @@ def similarity_after(recipe, arm, seed, folder):
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
 def test_twicing_lowers_the_similarity_of_tokens(tmp_path):
     recipe = apply_settings(digits(), ["epochs=1"])
+    tested = arms_under_test(["twicing"], ["all"])
+    arms = [*tested, *(arm for arm in controls_of(recipe, tested, 1.0) if arm.label == "smooth-more")]
     found = {
         arm.label: {seed: similarity_after(recipe, arm, seed, tmp_path / f"{arm.label}{seed}") for seed in SEEDS}
-        for arm in arms_of(["twicing"], "all", controls=True)[:3]
+        for arm in arms
     }
     for place, when in enumerate(("initialisation", "trained")):
         standard, twiced, more = ({s: found[label][s][place] for s in SEEDS} for label in found)

@@ -25,6 +25,11 @@ SMALL = [
     "batch_size=64",
     "evaluation.eps=1/64,1/16",
     "evaluation.pgd_steps=4",
+    "evaluation.probes=60",
+    "evaluation.verdict_images=20",
+    "evaluation.spsa_images=2",
+    "evaluation.spsa_iterations=2",
+    "evaluation.spsa_samples=4",
 ]
 
 
@@ -64,10 +69,13 @@ def finished(tmp_path_factory):
 
 def test_it_writes_what_it_promises(finished):
     folder, done = finished
-    assert {"config.json", "results.jsonl", "predictions.npz", "report.html"} <= {p.name for p in folder.iterdir()}
+    promised = {"config.json", "results.jsonl", "predictions.npz", "verdicts.json", "report.html"}
+    assert promised <= {p.name for p in folder.iterdir()}
+    verdicts = json.loads((folder / "verdicts.json").read_text())
+    assert {arm: list(seeds) for arm, seeds in verdicts.items()} == {"standard": ["0"], "twicing": ["0"]}
     for arm in ("standard", "twicing"):
         for seed in (0, 1):
-            assert {"last.ckpt", "log.txt", "training.json", "pgd.json"} <= {
+            assert {"last.ckpt", "log.txt", "training.json", "pgd.json", *(["masking.json"] if seed == 0 else [])} <= {
                 p.name for p in (folder / f"{arm}-seed{seed}").iterdir()
             }
     assert str(folder / "report.html") in done.stdout.replace("\n", "")

@@ -1,39 +1,126 @@
 """Arms, controls and plans: what is compared with what."""
 
+import dataclasses
 import io
+import re
 
 import pytest
 import torch
 from rich.console import Console
 
-from twicing.experiments.arms import Arm, arms_of
-from twicing.experiments.job import PARTS
+from twicing.experiments.arms import (
+    Arm,
+    arms_under_test,
+    controlled_arm,
+    controls_of,
+    refuse_nothing_to_compare,
+    with_equal_time,
+)
+from twicing.experiments.equal_time import step_time_ratio
+from twicing.experiments.job import parts_of
 from twicing.experiments.plan import Plan, first_difference
 from twicing.experiments.progress import JobProgress
 from twicing.ops.reference import attention_matrix
 from twicing.training.classification import build_model
+from twicing.training.cost import multiply_adds
 from twicing.training.recipe import digits
 from twicing.training.settings import apply_settings
 
 SMALL = apply_settings(digits(), ["depth=2", "width=16", "heads=2"])
 
 
+CONTROLS = ["standard-equal-time", "standard-wide", "two-attentions", "smooth-more", "standard (other seeds)"]
+
+
+def arms_with_controls(mechanisms=("twicing",), layers=("all",), recipe=SMALL, equal_time=1.25):
+    tested = arms_under_test(mechanisms, layers)
+    return [*tested, *controls_of(recipe, tested, equal_time)]
+
+
+def control(label, **options):
+    return next(arm for arm in arms_with_controls(**options) if arm.label == label)
+
+
 def test_standard_comes_first_and_controls_last():
-    labels = [arm.label for arm in arms_of(["twicing"], "all", controls=True)]
-    assert labels == ["standard", "twicing", "smooth-more", "standard (other seeds)"]
-    assert [arm.control for arm in arms_of(["twicing"], "all", controls=True)] == [False, False, True, True]
-    assert [arm.label for arm in arms_of(["standard", "twicing"], "all", controls=False)] == ["standard", "twicing"]
+    arms = arms_with_controls()
+    assert [arm.label for arm in arms] == ["standard", "twicing", *CONTROLS]
+    assert [arm.control for arm in arms] == [False, False, *[True] * 5]
+    assert [arm.label for arm in arms_under_test(["standard", "twicing"], ["all"])] == ["standard", "twicing"]
+
+
+def test_placements_are_arms_of_their_own():
+    arms = arms_under_test(["standard", "twicing", "twicing@1"], ["2", "1-2"])
+    assert [(arm.label, arm.layers) for arm in arms[1:]] == [
+        ("twicing [2]", "2"),
+        ("twicing [1-2]", "1-2"),
+        ("twicing [1]", "1"),
+    ]
+    assert len({arm.folder_name for arm in arms}) == 4
+
+
+@pytest.mark.parametrize(
+    ("mechanisms", "layers", "message"),
+    [
+        (["twicing", "twicing"], ["all"], "each mechanism is named once: got twicing more than once"),
+        (["twicing", "twicing@1"], ["1"], "each mechanism is named once"),
+        (["twicing"], ["1", "1"], "each mechanism is named once"),
+        (["standard", "standard"], ["all"], "each mechanism is named once: got standard"),
+        (["twicing@"], ["all"], "a placement is NAME@LAYERS, as in twicing@10-12: got 'twicing@'"),
+        (["standard@1"], ["all"], "'standard' is the model as it is and takes no layers"),
+        (["twicng"], ["all"], "Unknown mechanism 'twicng'"),
+    ],
+)
+def test_arms_that_make_no_sense_are_refused(mechanisms, layers, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        arms_under_test(mechanisms, layers)
+
+
+def test_standard_alone_is_nothing_to_compare():
+    alone = arms_under_test(["standard"], ["all"])
+    with pytest.raises(ValueError, match="there is nothing to compare 'standard' with"):
+        refuse_nothing_to_compare(alone)
+    refuse_nothing_to_compare([*alone, *controls_of(SMALL, alone, 1.0)])
+
+
+def test_the_controls_go_by_the_widest_placement_of_twicing():
+    assert controlled_arm(arms_under_test(["twicing@1-2", "twicing@1"], ["all"]), 2).layers == "1-2"
+    assert controlled_arm(arms_under_test(["twicing@1", "twicing"], ["all"]), 2).layers == "all"
+    assert controlled_arm(arms_under_test(["standard"], ["all"]), 2).mechanism == "twicing"
+
+
+def test_every_control_changes_one_thing():
+    assert control("standard-equal-time").changes == {"training_length": 1.25}
+    assert control("two-attentions").recipe(SMALL).attention_passes == 2
+    wide = control("standard-wide").recipe(SMALL)
+    assert multiply_adds(wide) == pytest.approx(multiply_adds(SMALL, twiced_layers=2), rel=0.01)
+    assert multiply_adds(wide) > multiply_adds(SMALL)
+    assert dataclasses.replace(wide, mlp_ratio=SMALL.mlp_ratio) == SMALL
+
+
+def test_a_folder_remembers_the_time_that_was_measured():
+    plan = Plan(SMALL, tuple(arms_with_controls(equal_time=1.4)), (0,))
+    assert with_equal_time(plan.identity()) == 1.4
+    assert with_equal_time(Plan(SMALL, tuple(arms_under_test(["twicing"], ["all"])), (0,)).identity()) is None
+
+
+def test_steps_are_timed_in_turns_and_twicing_takes_longer():
+    arm = arms_under_test(["twicing"], ["all"])[1]
+    before = torch.get_rng_state()
+    ratio = step_time_ratio(apply_settings(digits(), ["batch_size=64"]), arm, steps=5)
+    assert 1.0 < ratio < 3
+    assert ratio == round(ratio, 2)
+    assert torch.equal(before, torch.get_rng_state())
 
 
 def test_standard_is_the_untouched_model():
-    arm = arms_of(["twicing"], "all", controls=False)[0]
+    arm = arms_under_test(["twicing"], ["all"])[0]
     model = build_model(SMALL, 0)
     kinds = [type(module) for module in model.modules()]
     assert [type(module) for module in arm.apply(model).modules()] == kinds
 
 
 def test_smooth_more_is_a_squared():
-    arm = next(arm for arm in arms_of(["twicing"], "2", controls=True) if arm.label == "smooth-more")
+    arm = control("smooth-more", layers=("2",))
     model = arm.apply(build_model(SMALL, 0)).double()
     mechanism = model.network.blocks[1].attn.twicing_mechanism
     query, key, value = torch.randn(3, 2, 2, 9, 8, dtype=torch.float64)
@@ -43,7 +130,7 @@ def test_smooth_more_is_a_squared():
 
 
 def test_the_noise_floor_has_other_weights_and_the_same_images():
-    plan = Plan(SMALL, tuple(arms_of(["twicing"], "all", controls=True)), (0, 1))
+    plan = Plan(SMALL, tuple(arms_with_controls()), (0, 1))
     floor = plan.arms[-1]
     assert floor.mechanism == "standard"
     assert floor.seed_offset > 1000
@@ -52,20 +139,38 @@ def test_the_noise_floor_has_other_weights_and_the_same_images():
 
 
 def test_every_job_has_a_folder_of_its_own(tmp_path):
-    plan = Plan(SMALL, tuple(arms_of(["twicing"], "all", controls=True)), (0, 1, 2))
+    plan = Plan(SMALL, tuple(arms_with_controls()), (0, 1, 2))
     jobs = plan.jobs(tmp_path)
-    assert len({job.folder for job in jobs}) == len(jobs) == 12
-    assert [(job.arm.label, job.seed) for job in jobs[:5]] == [
-        ("standard (other seeds)", 0),
-        ("smooth-more", 0),
+    assert len({job.folder for job in jobs}) == len(jobs) == 21
+    assert [(job.arm.label, job.seed) for job in jobs[:8]] == [
+        *((label, 0) for label in reversed(CONTROLS)),
         ("twicing", 0),
         ("standard", 0),
         ("standard (other seeds)", 1),
     ]
 
 
+def test_a_job_knows_its_arms_recipe_its_place_and_the_seeds_other_arms(tmp_path):
+    jobs = Plan(SMALL, tuple(arms_with_controls()), (4, 7)).jobs(tmp_path)
+    of_arm = {(job.arm.label, job.seed): job for job in jobs}
+    longer = of_arm["standard-equal-time", 7]
+    assert (longer.recipe.training_length, longer.place) == (1.25, 1)
+    assert len(longer.others) == 6
+    assert longer.others["twicing"] == of_arm["twicing", 7].folder
+    assert "standard-equal-time" not in longer.others
+
+
+def test_verdicts_are_for_the_first_seeds_and_two_attentions_have_no_layers_to_look_at(tmp_path):
+    jobs = {(job.arm.label, job.seed): job for job in Plan(SMALL, tuple(arms_with_controls()), (4, 7)).jobs(tmp_path)}
+    assert "masking" in parts_of(jobs["standard", 4], last=True)
+    assert "masking" not in parts_of(jobs["standard", 7])
+    assert "adversarial" not in parts_of(jobs["standard", 7])
+    assert {"similarity", "initialisation"} <= set(parts_of(jobs["standard", 4]))
+    assert not {"similarity", "initialisation"} & set(parts_of(jobs["two-attentions", 4]))
+
+
 def test_the_deepest_layer_is_filled_in():
-    plan = Plan(SMALL, tuple(arms_of(["twicing"], "all", controls=False)), (0,))
+    plan = Plan(SMALL, tuple(arms_under_test(["twicing"], ["all"])), (0,))
     layers = [p["conditions"]["layer"] for p in plan.identity()["primary"] if "layer" in p["conditions"]]
     assert layers == [2]
     assert plan.identity()["title"].startswith("a vision transformer of 2 layers")
@@ -92,7 +197,7 @@ def test_no_seeds_is_refused():
 
 @pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "log file"])
 def test_progress_tells_every_finished_training_and_the_time_left(tmp_path, terminal):
-    jobs = Plan(SMALL, tuple(arms_of(["twicing"], "all", controls=False)), (0,)).jobs(tmp_path)
+    jobs = Plan(SMALL, tuple(arms_under_test(["twicing"], ["all"])), (0,)).jobs(tmp_path)
     written = io.StringIO()
     console = Console(file=written, force_terminal=terminal, width=100)
     with JobProgress(jobs, console) as progress:
@@ -105,7 +210,3 @@ def test_progress_tells_every_finished_training_and_the_time_left(tmp_path, term
             assert shown in text
     else:
         assert text == "[0:00] 1 of 2 finished: standard, seed 0\n"
-
-
-def test_the_shares_of_a_job_are_all_of_it():
-    assert sum(percent for _, percent in PARTS.values()) == 100

@@ -1,21 +1,35 @@
 """Every number of a job, computed again by hand from its last checkpoint: the right model, images, sizes and layers."""
 
 import dataclasses
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from twicing.analysis.layer_similarity import layer_similarity
-from twicing.experiments.arms import Arm, arms_of
-from twicing.experiments.job import PARTS, converted_model, part_file, read_job, run_job, share_done
+from twicing.experiments.arms import Arm, arms_under_test, controls_of
+from twicing.experiments.job import (
+    ADVERSARIAL,
+    converted_model,
+    part_file,
+    parts_of,
+    read_job,
+    read_verdict,
+    run_job,
+    share_done,
+)
 from twicing.experiments.plan import Job, Plan
 from twicing.experiments.results import environment, select
 from twicing.mechanisms.base import Mechanism
-from twicing.robustness.attacks import fgsm
+from twicing.robustness.attacks import fgsm, pgd
+from twicing.robustness.eps50 import eps50
+from twicing.robustness.masking import masking_verdict
 from twicing.robustness.noise import gaussian_noise
 from twicing.robustness.sweep import pgd_sweep
 from twicing.robustness.threat import Threat
+from twicing.robustness.transfer import transfer
 from twicing.training.classification import build_model, load_trained
 from twicing.training.recipe import digits
 from twicing.training.settings import apply_settings
@@ -32,10 +46,13 @@ RECIPE = apply_settings(
             "evaluation.noise=1/8,1/2",
             "evaluation.pgd_steps=3",
             "evaluation.pgd_restarts=2",
+            "evaluation.probes=60",
+            "evaluation.verdict_seeds=0",
         ),
     ],
 )
-ARMS = {arm.label: arm for arm in arms_of(["twicing"], "all", controls=True)}
+TESTED = arms_under_test(["twicing"], ["all"])
+ARMS = {arm.label: arm for arm in [*TESTED, *controls_of(RECIPE, TESTED, 1.5)]}
 SEED = 2
 
 
@@ -56,7 +73,17 @@ def by_hand(twiced):
     """The trained model, rebuilt from the checkpoint alone, and the images it has not seen."""
     model = converted_model(twiced, SEED)
     load_trained(model, SEED, twiced.folder)
-    return model.eval(), load_split(RECIPE, SEED)
+    split = load_split(RECIPE, SEED)
+    return model.eval(), split
+
+
+def everything(split):
+    return split.test.load(range(len(split.test))), split.test.labels
+
+
+def probes(split):
+    assert len(split.probes) == 60, "attacks on all images would hide that the probes are meant"
+    return split.test.load(split.probes.tolist()), split.test.labels[split.probes]
 
 
 def found(job, metric, conditions):
@@ -80,25 +107,28 @@ def accuracy(model, images, labels):
 def test_clean_accuracy_is_that_of_the_held_out_images(twiced, by_hand):
     model, split = by_hand
     clean = found(twiced, ACCURACY, {"threat": "clean"})
-    assert clean == accuracy(model, split.test_images, split.test_labels)
+    assert clean == accuracy(model, *everything(split))
     assert clean > 0.5, "it has learned too little for this file's numbers to differ"
     assert found(twiced, "held-out accuracy [share of images]", {"epoch": 4}) == pytest.approx(clean)
     _, correct = read_job(twiced)
     assert correct.index.tolist() == split.test_index.tolist()
+    assert correct.positions("clean").tolist() == split.test_index.tolist()
+    assert correct.positions("pgd eps=1/16").tolist() == split.test_index[split.probes].tolist()
 
 
 def test_noise_is_of_each_size_and_of_the_pair(twiced, by_hand):
     model, split = by_hand
+    images, labels = probes(split)
     for count, sd in enumerate(("1/8", "1/2")):
-        noisy = gaussian_noise(split.test_images, sd, generator=generator(3, count))
-        assert found(twiced, ACCURACY, {"threat": "noise", "sd": sd}) == accuracy(model, noisy, split.test_labels)
+        noisy = gaussian_noise(images, sd, generator=generator(3, count))
+        assert found(twiced, ACCURACY, {"threat": "noise", "sd": sd}) == accuracy(model, noisy, labels)
 
 
 def test_fgsm_is_of_each_size(twiced, by_hand):
     model, split = by_hand
     values = []
     for eps in ("1/32", "1/16"):
-        result = fgsm(model, split.test_images, split.test_labels, Threat(eps))
+        result = fgsm(model, *probes(split), Threat(eps))
         values.append(found(twiced, ACCURACY, {"threat": "fgsm", "eps": eps}))
         assert values[-1] == result.accuracy
         zeros = found(twiced, "share of zero gradients", {"threat": "fgsm", "eps": eps})
@@ -111,9 +141,7 @@ def test_pgd_has_the_recipes_steps_and_restarts(twiced, by_hand):
 
     def sweep(**options):
         settings = {"steps": 3, "restarts": 2, **options}
-        return pgd_sweep(
-            model, split.test_images, split.test_labels, ("1/32", "1/16"), generator=generator(4, 0), **settings
-        )
+        return pgd_sweep(model, *probes(split), ("1/32", "1/16"), generator=generator(4, 0), **settings)
 
     measured = [found(twiced, ACCURACY, {"threat": "pgd", "eps": eps}) for eps in ("1/32", "1/16")]
     assert measured == sweep().accuracies
@@ -121,6 +149,8 @@ def test_pgd_has_the_recipes_steps_and_restarts(twiced, by_hand):
     assert correct.correct["pgd eps=1/16"].tolist() == sweep().correct[1].tolist()
     # The settings matter here, so that passing others would be seen.
     assert not torch.equal(sweep().correct, sweep(steps=1, restarts=1).correct)
+    median = eps50(model, *probes(split), sweep(), steps=3, restarts=2, generator=generator(4, 1))
+    assert found(twiced, "eps50 [share of pixel range]", {"threat": "pgd"}) == median.value > 0
 
 
 @pytest.mark.parametrize("when", ["initialisation", "trained"])
@@ -128,7 +158,7 @@ def test_similarity_is_of_the_right_weights_places_and_layers(twiced, by_hand, w
     model, split = by_hand
     if when == "initialisation":
         model = converted_model(twiced, SEED).eval()
-    expected = layer_similarity(model, split.test_images)
+    expected = layer_similarity(model, probes(split)[0])
     checked = 0
     for (where, metric), values in expected.items():
         assert len(set(values.tolist())) == 3, "layers that do not differ would hide a shift"
@@ -141,12 +171,12 @@ def test_similarity_is_of_the_right_weights_places_and_layers(twiced, by_hand, w
 def test_time_per_step_is_the_whole_over_the_steps(twiced):
     seconds = [found(twiced, "training time [s]", {"epoch": epoch}) for epoch in (1, 2, 3, 4)]
     assert seconds == sorted(seconds)
-    steps = 4 * -(-len(load_split(RECIPE, SEED).train_labels) // 32)
+    steps = 4 * -(-len(load_split(RECIPE, SEED).train) // 32)
     assert found(twiced, "training time [s per step]", {}) == pytest.approx(seconds[-1] / steps)
     assert all(record.seconds > 0 for record in read_job(twiced)[0])
 
 
-@pytest.mark.parametrize("missing", list(PARTS), ids=str)
+@pytest.mark.parametrize("missing", ["initialisation", "training", "clean", "noise", "fgsm", "pgd", "similarity"])
 def test_a_part_that_is_lost_is_computed_again_to_the_same_numbers(twiced, tmp_path, missing):
     job = dataclasses.replace(twiced, folder=tmp_path)
     for path in twiced.folder.iterdir():
@@ -183,6 +213,79 @@ def test_the_noise_floor_is_another_model_on_the_same_images(tmp_path):
     assert saved["twicing"]["seed"] == SEED + floor.seed_offset
 
 
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
+    """Two arms of one seed, with a verdict each."""
+    settings = ["epochs=2", "evaluation.verdict_seeds=1", "evaluation.verdict_images=30", "evaluation.spsa_images=4"]
+    recipe = apply_settings(RECIPE, [*settings, "evaluation.spsa_samples=8", "evaluation.spsa_iterations=3"])
+    jobs = Plan(recipe, tuple(TESTED), (SEED,)).jobs(tmp_path_factory.mktemp("judged"))
+    with torch.random.fork_rng(devices=[]):
+        for last in (False, True):
+            for job in jobs:
+                run_job(job, environment(), lambda part, share: None, last=last)
+    return {job.arm.label: job for job in jobs}
+
+
+def test_images_made_on_one_arm_are_shown_to_the_other(judged):
+    split = load_split(RECIPE, SEED)
+    images, labels = (tensor[:30] for tensor in probes(split))
+    models = {}
+    for label, job in judged.items():
+        models[label] = converted_model(job, SEED)
+        load_trained(models[label], SEED, job.folder)
+        models[label].eval()
+    made = {
+        label: pgd(model, images, labels, Threat("1/16"), steps=3, generator=generator(20, 0)).adversarial
+        for label, model in models.items()
+    }
+    for label, other in (("standard", "twicing"), ("twicing", "standard")):
+        saved = torch.from_numpy(np.load(judged[label].folder / ADVERSARIAL))
+        assert torch.equal(saved, made[label])
+        right = transfer(models[label], made[other], images, labels, Threat("1/16"))
+        conditions = {"threat": "transfer", "eps": "1/16", "from": other}
+        assert found(judged[label], ACCURACY, conditions) == right.double().mean().item()
+    verdict = masking_verdict(
+        models["twicing"],
+        images,
+        labels,
+        Threat("1/16"),
+        transferred={"standard": transfer(models["twicing"], made["standard"], images, labels, Threat("1/16"))},
+        spsa_images=4,
+        spsa_samples=8,
+        spsa_iterations=3,
+        generator=generator(21, 0),
+    )
+    kept = read_verdict(judged["twicing"])
+    assert (kept["passed"], kept["sentence"]) == (verdict.passed, verdict.sentence)
+    assert [check["name"] for check in kept["checks"]] == [check.name for check in verdict.checks]
+    assert (kept["eps"], kept["images"]) == ("1/16", 30)
+
+
+def test_a_job_is_done_only_with_its_verdict(judged, tmp_path):
+    job = judged["standard"]
+    assert share_done(job) == 1
+    assert list(parts_of(job, last=True)) == ["masking"]
+    shutil.copytree(job.folder, tmp_path / "copy")
+    copy = dataclasses.replace(job, folder=tmp_path / "copy")
+    part_file(copy, "masking").unlink()
+    assert 0.5 < share_done(copy) < 1
+    run_job(copy, environment(), lambda part, share: None)
+    assert not part_file(copy, "masking").exists(), "it has to wait for the other arms"
+    run_job(copy, environment(), lambda part, share: None, last=True)
+    assert read_verdict(copy) == read_verdict(job)
+
+
+def test_a_block_that_attends_twice_has_no_layers_to_look_at(tmp_path):
+    recipe = apply_settings(RECIPE, ["epochs=1", "evaluation.pgd_steps=1"])
+    [job] = Plan(recipe, (ARMS["two-attentions"],), (SEED,)).jobs(tmp_path)
+    run_job(job, environment(), lambda part, share: None)
+    records, _ = read_job(job)
+    assert not select(records, metric="mean pairwise cosine")
+    assert select(records, metric=ACCURACY, conditions={"threat": "clean"})
+    assert share_done(job) == 1
+    assert {record.spec[0]["mechanism"] for record in records} == {"two attentions a block"}
+
+
 class WithWeights(Mechanism):
     """A mechanism that brings random weights of its own."""
 
@@ -212,7 +315,7 @@ def test_a_mechanisms_own_weights_follow_the_seed_and_move_nobody_elses(tmp_path
 def test_the_primaries_are_what_was_declared():
     plan = Plan(RECIPE, tuple(ARMS.values()), (0,)).identity()
     assert [(p["name"], p["metric"], p["conditions"], p["better"]) for p in plan["primary"]] == [
-        ("PGD accuracy at eps 1/16", ACCURACY, {"threat": "pgd", "eps": "1/16"}, "higher"),
+        ("eps50 under PGD", "eps50 [share of pixel range]", {"threat": "pgd"}, "higher"),
         ("clean accuracy", ACCURACY, {"threat": "clean"}, "higher"),
         (
             "token similarity after the last block",

@@ -9,7 +9,7 @@ from made_up_run import PRIMARY, make_run_folder
 from rich.console import Console
 from scipy import stats
 
-from twicing.experiments import figures
+from twicing.experiments import figures, training_figures
 from twicing.experiments.drawing import arm_styles
 from twicing.experiments.findings import primary_rows, read_run
 from twicing.experiments.report import flatten, typeset, write_report
@@ -109,6 +109,7 @@ def test_the_order_of_the_page(page):
         "Primary metrics",
         "Every seed",
         "Accuracy under disturbance",
+        "Gradient masking",
         "Similarity and rank of tokens, by layer",
         "Training",
         "Cost",
@@ -121,7 +122,7 @@ def test_the_order_of_the_page(page):
     limits = "it says nothing about ImageNet"
     assert page.index(limits) < page.index("<h2>")
     assert text_of(page).count(limits) >= 2
-    for said in ("weak attack", "PGD (the headline)", "seeds fixed", "chose no epoch", "twicing compare digits"):
+    for said in ("weak attack", "PGD is the headline", "seeds fixed", "chose no epoch", "twicing compare digits"):
         assert said in text_of(page)
     assert "attack.eps" in page
     assert "1/64, 1/32, 1/16, 1/8, 1/4" in page
@@ -152,15 +153,16 @@ def test_numbers_are_those_of_the_records(four, page):
 def test_sentences_come_from_the_statistics(four, page):
     run = read_run(four)
     sentences = in_short(run, primary_rows(run))
-    assert 3 <= len(sentences) <= 5
+    assert 3 <= len(sentences) <= 6
     for sentence in sentences:
         assert str(typeset(sentence)) in page
     assert sentences[0].startswith("PGD accuracy at eps 1/16: standard 0.3")
     assert "no difference shown (smallest showable: +-" in sentences[0]
     assert "difference shown: lower by" in sentences[2]
     assert "not by itself a benefit" in sentences[2]
-    assert "as long with twicing (95 % interval" in sentences[3]
-    assert sentences[4].startswith("Noise floor: standard with other seeds differs from standard by")
+    assert sentences[3] == "Gradient masking was not looked for, so robustness not established."
+    assert "as long with twicing (95 % interval" in sentences[4]
+    assert sentences[5].startswith("Noise floor: standard with other seeds differs from standard by")
 
 
 def test_controls_are_outside_the_corrected_family(four, page):
@@ -271,7 +273,7 @@ def test_an_arm_has_one_colour_and_marker_everywhere(four):
     run = read_run(four)
     styles = arm_styles([arm.label for arm in run.arms])
     assert len({style.color for style in styles.values()}) == len({style.marker for style in styles.values()}) == 4
-    only = figures.training([one for one in run.records if one.arm == "twicing"], styles)
+    only = training_figures.training([one for one in run.records if one.arm == "twicing"], styles)
     drawn = only.panels[0].svg()
     assert "var(--arm-1" in drawn
     assert "var(--arm-0" not in drawn
@@ -325,7 +327,12 @@ def test_published_values_stand_with_protocol_and_status(tmp_path):
     folder = make_run_folder(tmp_path, keep=lambda one: one.conditions == {"threat": "clean"})
     replace_records(folder, change)
     page = text_of(write_report(folder).read_text())
-    assert "8.66; normalised inputs; arXiv 2503.00687; as printed" in page
+    published = page[page.index("Published values") : page.index("Method")]
+    line = r"standard accuracy \[share of images\], threat clean 0\.9\d\d 0\.0\d+ 6 8\.66 normalised"
+    assert re.search(line, published)
+    assert "normalised inputs arXiv 2503.00687 as printed" in published
+    # One line for each arm, whatever the number of seeds.
+    assert published.count("8.66") == 2
 
 
 def test_signs_are_typeset_and_text_is_escaped():

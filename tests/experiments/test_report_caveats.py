@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from made_up_run import ACCURACY, one_by_seed, one_record, write_folder
+from made_up_run import ACCURACY, EPS50_PRIMARY, one_by_seed, one_record, write_folder
 
 from twicing.experiments.findings import read_run
 from twicing.experiments.report import write_report
@@ -57,11 +57,18 @@ def test_models_without_eps50_are_named(tmp_path):
     pgd = [one_record(ACCURACY, 0.5, seed, arm, PGD) for seed in (0, 1) for arm in ("standard", "twicing")]
     have = [one_record(EPS50, 1 / 32, seed, "standard", {"threat": "pgd"}) for seed in (0, 1)]
     have.append(one_record(EPS50, 1 / 16, 0, "twicing", {"threat": "pgd"}))
-    sentence = "eps50 has no value for twicing seed 1, where more than half of the images withstood the largest eps"
-    assert sentence in said(tmp_path / "one", [*pgd, *have])
+    sentence = (
+        "eps50 has no value for {}, where more than half of the images withstood a change of the whole pixel range, "
+        "as only masked gradients let them; its comparisons leave out these models."
+    )
+    assert sentence.format("twicing seed 1") in said(tmp_path / "one", [*pgd, *have])
     assert "eps50" not in said(tmp_path / "never-measured", pgd)
     complete = [*have, one_record(EPS50, 1 / 16, 1, "twicing", {"threat": "pgd"})]
-    assert "eps50" not in said(tmp_path / "complete", [*pgd, *complete])
+    assert "eps50 has no value" not in said(tmp_path / "complete", [*pgd, *complete])
+    assert "eps50 is the eps at which PGD fools half" in said(tmp_path / "complete", [*pgd, *complete])
+    # Declared as primary and had by none: then silence would look as if it had not been asked for.
+    everyone = "standard seed 0, standard seed 1, twicing seed 0, twicing seed 1"
+    assert sentence.format(everyone) in said(tmp_path / "nobody", pgd, primary=[EPS50_PRIMARY])
 
 
 def test_metrics_nobody_knew_of_are_exploratory(tmp_path):
@@ -117,3 +124,22 @@ def test_a_configuration_that_is_no_text_is_one_sentence(tmp_path):
     (folder / "config.json").write_bytes(b"\xff\xfe\x00" + json.dumps({}).encode())
     with pytest.raises(ValueError, match=r"config\.json is broken .*in another folder"):
         read_run(folder)
+
+
+def test_attacks_on_fewer_images_say_so(tmp_path):
+    def records(attacked):
+        both = [(seed, arm) for seed in (0, 1) for arm in ("standard", "twicing")]
+        return [
+            one_record(ACCURACY, 0.5, *one, where, n=n) for one in both for where, n in ((CLEAN, 90), (PGD, attacked))
+        ]
+
+    sentence = "Attacks worked on 40 of the 90 held-out images, the same ones for every arm"
+    assert sentence in said(tmp_path / "fewer", records(40))
+    assert "Attacks worked on" not in said(tmp_path / "all", records(90))
+
+
+def test_the_attack_of_the_papers_is_unverified(tmp_path):
+    compat = {"threat": "pgd, paper_compat (unverified)", "eps": "4/255 normalised"}
+    records = [*BOTH, *one_by_seed(ACCURACY, [0.5, 0.6], "twicing", compat)]
+    assert "The paper_compat attack is unverified" in said(tmp_path / "with", records)
+    assert "unverified" not in said(tmp_path / "without", BOTH)

@@ -3,7 +3,7 @@
 import pytest
 from made_up_run import ACCURACY, PRIMARY, one_by_seed, one_record, write_folder
 
-from twicing.experiments import figures
+from twicing.experiments import figures, training_figures
 from twicing.experiments.drawing import arm_styles
 from twicing.experiments.findings import primary_rows, read_run
 
@@ -52,10 +52,10 @@ def test_accuracy_against_strength_stands_under_its_own_title_with_its_own_clean
         )
     ]
     panels = {panel.title: panel for panel in figures.accuracy_against_strength(records, STYLES).panels}
-    assert list(panels) == ["PGD (the headline)", "FGSM (a weak attack)", "Gaussian noise"]
+    assert list(panels) == ["PGD", "FGSM (a weak attack)", "Gaussian noise"]
     means = {title: [drawn(panel, arm) for arm in STYLES] for title, panel in panels.items()}
     # Clean accuracy stands one factor of two left of the weakest disturbance.
-    assert means["PGD (the headline)"] == [
+    assert means["PGD"] == [
         near([[1 / 32, 0.92], [1 / 16, 0.15]]),
         near([[1 / 32, 0.82], [1 / 16, 0.35]]),
     ]
@@ -64,7 +64,7 @@ def test_accuracy_against_strength_stands_under_its_own_title_with_its_own_clean
         near([[1 / 32, 0.82], [1 / 16, 0.65]]),
     ]
     assert means["Gaussian noise"] == [near([[1 / 8, 0.92], [1 / 4, 0.75]]), near([[1 / 8, 0.82], [1 / 4, 0.80]])]
-    pgd = panels["PGD (the headline)"]
+    pgd = panels["PGD"]
     assert drawn_seeds(pgd, "twicing") == [near([[1 / 32, 0.8], [1 / 16, 0.3]]), near([[1 / 32, 0.84], [1 / 16, 0.4]])]
     assert [text.get_text() for text in pgd.axes.get_xticklabels()] == ["clean", "1/16"]
 
@@ -132,14 +132,14 @@ def curves():
 
 
 def test_training_by_epoch():
-    loss, accuracy = figures.training(curves(), STYLES).panels
+    loss, accuracy = training_figures.training(curves(), STYLES).panels
     assert (loss.title, accuracy.title) == ("training loss [nats]", HELD_OUT)
     assert drawn(loss, "twicing") == near([[1, 2.1], [2, 1.2]])
     assert drawn(accuracy, "twicing") == near([[1, 0.3], [2, 0.7]])
 
 
 def test_seconds_are_those_of_the_training_steps():
-    picture = figures.against_seconds(curves(), STYLES)
+    picture = training_figures.against_seconds(curves(), STYLES)
     (panel,) = picture.panels
     assert drawn(panel, "twicing") == near([[12, 0.3], [24, 0.7]])
     assert drawn_seeds(panel, "twicing") == [near([[10, 0.2], [20, 0.6]]), near([[14, 0.4], [28, 0.8]])]

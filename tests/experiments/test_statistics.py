@@ -11,6 +11,7 @@ from twicing.experiments.results import Correctness
 from twicing.experiments.statistics import (
     bootstrap_over_images,
     check_primaries,
+    claims_difference,
     conclusion,
     holm,
     number,
@@ -18,6 +19,7 @@ from twicing.experiments.statistics import (
     paired_difference,
     seeds_caveat,
     signed,
+    small,
     spread_factor,
     verdict,
 )
@@ -104,6 +106,31 @@ def test_correction_can_take_a_difference_back_and_says_so():
     assert "after correction for 6 comparisons; the uncorrected interval excludes zero" in words
     smallest = float(words.partition("+-")[2].split()[0])
     assert smallest >= abs(found.mean)
+
+
+def test_a_mean_of_rounding_errors_is_no_difference():
+    a = [0.1, 0.7, 0.3]
+    found = paired_difference(by_seed(a), by_seed([a[0] + 0.1, a[1] - 0.3, a[2] + 0.2]))
+    assert found.mean == 0
+    assert found.half_width > 0
+
+
+CLAIMS = {
+    "shown": ([0.10, 0.11, 0.09], {}, True),
+    "corrected away": ([0.10, 0.11, 0.09], {"corrected": 0.06, "family": 3}, False),
+    "not shown": ([0.10, -0.11, 0.09], {}, False),
+    "the same on every seed": ([0.1, 0.1, 0.1], {}, True),
+    "none at all": ([0.0, 0.0, 0.0], {}, False),
+    "one seed": ([0.5], {}, False),
+}
+
+
+@pytest.mark.parametrize(("d", "options", "claims"), CLAIMS.values(), ids=CLAIMS.keys())
+def test_a_claim_is_what_the_words_call_a_difference(d, options, claims):
+    found = paired_difference(by_seed([0.0] * len(d)), by_seed(d))
+    words = conclusion(found, **options)
+    assert claims_difference(found, **options) is claims
+    assert words.startswith(("difference shown", "the same difference")) is claims
 
 
 def test_one_seed_shows_nothing():
@@ -206,6 +233,17 @@ def test_bootstrap_pairs_by_image_whatever_the_order():
     assert bootstrap_over_images([one], [other], "clean", generator=np.random.default_rng(0)) == (0.0, 0.0)
 
 
+def test_bootstrap_pairs_probes_by_where_they_lie_in_the_data():
+    # Images 10 to 19; one model was attacked on the probes 0, 2, 4 of them, the other on 2, 4, 6.
+    index = np.arange(10, 20)
+    clean = np.ones(10, dtype=bool)
+    one = Correctness("standard", 0, index, {"clean": clean, "pgd": np.array([0, 1, 0], bool)}, np.array([0, 2, 4]))
+    other = Correctness("twicing", 0, index, {"clean": clean, "pgd": np.array([1, 0, 0], bool)}, np.array([2, 4, 6]))
+    found = bootstrap_over_images([one], [other], "pgd", generator=np.random.default_rng(0))
+    # In common are 12 and 14, on which both say right, wrong.
+    assert found == (0.0, 0.0)
+
+
 def test_bootstrap_without_common_images_or_threat_is_none():
     one = correctness("standard", 0, [True, False])
     generator = np.random.default_rng(0)
@@ -215,6 +253,20 @@ def test_bootstrap_without_common_images_or_threat_is_none():
 
 
 def test_numbers_never_round_to_zero_nor_across_the_level():
-    assert [number(value) for value in (0, 0.0004, 0.25, -7.0, 1234.5)] == ["0", "0.0004", "0.250", "-7.000", "1234.5"]
+    assert [number(value) for value in (0, 0.0004, 0.25, -7.0, 1234.5)] == ["0", "0.00040", "0.250", "-7.000", "1234.5"]
+    assert [number(value) for value in (0.0099, 0.00999, 0.01, -0.000079, 1e-9)] == [
+        "0.0099",
+        "0.010",
+        "0.010",
+        "-0.000079",
+        "1e-09",
+    ]
+    assert [small(value, digits=3) for value in (0.03117, 7.9, 12.75, 0.09999, 0)] == [
+        "0.0312",
+        "7.90",
+        "12.8",
+        "0.100",
+        "0",
+    ]
     assert [signed(value) for value in (0.25, -0.25, 0)] == ["+0.250", "-0.250", "0"]
     assert [p_text(p) for p in (0.0001, 0.0312, 0.0503, None)] == ["< 0.001", "= 0.031", "= 0.0503", "not known"]

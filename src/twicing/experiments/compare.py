@@ -8,14 +8,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from twicing.experiments.arms import Arm, arms_of
-from twicing.experiments.plan import Plan
+from twicing.experiments.arms import (
+    Arm,
+    arms_under_test,
+    controlled_arm,
+    controls_of,
+    refuse_nothing_to_compare,
+    with_equal_time,
+)
+from twicing.experiments.equal_time import step_time_ratio
+from twicing.experiments.plan import CONFIG, Plan, Resources
 from twicing.experiments.report import write_report
-from twicing.experiments.results import BASELINE, read_records
-from twicing.experiments.run import RESULTS, run_plan
+from twicing.experiments.results import BASELINE, read_json, read_records
+from twicing.experiments.run import RESULTS, follow_training, run_plan
 from twicing.experiments.summary import print_summary
 from twicing.mechanisms.registry import find_mechanism
+from twicing.training.hardware import process_rank
 from twicing.training.recipe import Recipe
+from twicing.training.split import with_classes
 
 
 def compare(
@@ -23,25 +33,49 @@ def compare(
     mechanisms: Sequence[str],
     *,
     seeds: int,
-    layers: str,
+    layers: Sequence[str],
     controls: bool,
     side_by_side: int,
     folder: Path,
     command: str,
     console: Console,
+    resources: Resources | None = None,
 ) -> Path:
     """Train every arm with every seed, or go on with what the folder holds; returns the report, folder/report.html.
 
+    layers: placements; every mechanism is tried in each of them, but for those named as NAME@LAYERS.
     Written there: config.json, a folder per training (log, checkpoint, finished parts), results.jsonl, predictions.npz,
-    report.html. Raises ValueError for settings that make no comparison, and what run_plan() raises.
+    verdicts.json, report.html. Raises ValueError for settings that make no comparison, and what run_plan() raises.
     """
     if seeds < 1:
         raise ValueError(f"--seeds must be 1 or larger: got {seeds}.")
-    plan = Plan(recipe, tuple(arms_of(mechanisms, layers, controls)), tuple(range(seeds)))
-    run_plan(plan, folder, side_by_side=side_by_side, command=command, console=console)
+    if process_rank() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            "a comparison starts its trainings itself, side by side on one machine: run it without torchrun, "
+            "or train one model on several devices with `twicing train`."
+        )
+    recipe = with_classes(recipe, resources.data_dir if resources else None)
+    arms = arms_under_test(mechanisms, layers)
+    if controls:
+        arms += controls_of(recipe, arms, _equal_time(recipe, arms, folder, console))
+    refuse_nothing_to_compare(arms)
+    plan = Plan(recipe, tuple(arms), tuple(range(seeds)))
+    run_plan(plan, folder, side_by_side=side_by_side, command=command, console=console, resources=resources)
     report = write_report(folder)
     print_summary(folder, console)
     return report
+
+
+def _equal_time(recipe: Recipe, arms: Sequence[Arm], folder: Path, console: Console) -> float:
+    """The step time of the controlled arm against standard's: measured, or as the folder's comparison measured it."""
+    config = folder / CONFIG
+    found = read_json(config) if config.exists() else None
+    known = with_equal_time(found) if isinstance(found, dict) else None
+    if known is not None:
+        return known
+    arm = controlled_arm(arms, recipe.depth)
+    with console.status(f"Timing steps of {arm.label} against standard ..."):
+        return step_time_ratio(recipe, arm)
 
 
 def train(
@@ -54,9 +88,11 @@ def train(
     folder: Path,
     command: str,
     console: Console,
+    resources: Resources | None = None,
 ) -> Path:
     """Train and evaluate one model, print its accuracies, and return folder/results.jsonl.
 
+    Started by torchrun, the first process does all of this, and the others take part in the training alone.
     Raises ValueError for a seed out of range or an unknown mechanism, and what run_plan() raises.
     """
     if not 0 <= seed < 2**32:
@@ -65,7 +101,11 @@ def train(
     if mechanism == BASELINE and (options or layers != "all"):
         raise ValueError(f"{BASELINE!r} is the model as it is: it takes neither --layers nor --options.")
     arm = Arm(mechanism, mechanism, layers, "The one that was asked for.", dict(options))
-    run_plan(Plan(recipe, (arm,), (seed,)), folder, side_by_side=1, command=command, console=console)
+    plan = Plan(with_classes(recipe, resources.data_dir if resources else None), (arm,), (seed,))
+    if process_rank():
+        follow_training(plan, folder, resources or Resources())
+        return folder / RESULTS
+    run_plan(plan, folder, side_by_side=1, command=command, console=console, resources=resources)
     table = Table(title=f"{mechanism}, seed {seed}: {recipe.headline}")
     table.add_column("metric")
     table.add_column("value", justify="right")

@@ -1,14 +1,14 @@
-"""How a panel looks and becomes SVG: one colour and marker per arm, text as text, the same bytes every time.
+"""How a panel looks and becomes SVG: one colour, line and marker per arm, text as text, the same bytes every time.
 
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; in a page they are CSS variables, so that a
-dark page can lighten them.
+dark page can lighten them. Controls are muted, thin and broken lines: they are there, but not what is looked for.
 """
 
 import io
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +18,22 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+Line = str | tuple[float, tuple[float, ...]]
+
 # Stands for the page's text colour; replaced in the SVG, so no arm may have it.
 INK = "#1a1b1c"
-PALETTE = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+TESTED = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+CONTROLS = ("#7f8ba0", "#a08a6a", "#6f9a94", "#a07a9a", "#8f9164")
+# In this order they are the CSS variables --arm-0, --arm-1, ... of the page.
+PALETTE = (*TESTED, *CONTROLS)
 MARKERS = ("o", "s", "^", "D", "v", "P")
 SIGNS = ("●", "■", "▲", "◆", "▼", "✚")
+CONTROL_MARKERS = ("x", "*", "d", "<", ">")
+CONTROL_SIGNS = ("✕", "★", "♦", "◀", "▶")
+# Seven arms need a second colour of the same name: then the line tells them apart as well.
+LINES: tuple[Line, ...] = ("solid", (0, (6, 1.5)), (0, (1, 1)))
+CONTROL_LINES: tuple[Line, ...] = ((0, (4, 2)), (0, (1.2, 1.4)), (0, (5, 1.5, 1, 1.5)), (0, (8, 2)), (0, (2.5, 1)))
+CONTROL_WEIGHT = 0.65
 PANEL_SIZE = (3.6, 2.5)
 TITLE_WIDTH = 42
 LINE_WIDTH = 1.7
@@ -53,8 +64,9 @@ _SETTINGS: Any = {
 class Style:
     """What one arm looks like in every figure.
 
-    sign: the marker as a character, for keys written in text. name: its colour as a CSS variable.
+    sign: the marker as a character, for keys written in text. name: its colour as a CSS variable. line: its dashes.
     weight: scales lines and marks; earlier arms are heavier, so that a later one on top does not hide them.
+    control: drawn thin and muted, without the lines of single seeds.
     """
 
     color: str
@@ -62,20 +74,43 @@ class Style:
     sign: str
     name: str
     weight: float
+    line: Line = "solid"
+    control: bool = False
 
 
-def arm_styles(labels: Sequence[str]) -> dict[str, Style]:
-    """One style per arm, in the order given; past six arms colours repeat with another marker."""
-    return {
+def arm_styles(labels: Sequence[str], controls: Collection[str] = ()) -> dict[str, Style]:
+    """One style per arm, in the order given; controls: those of the labels that are drawn as controls.
+
+    Past six tested arms, or five controls, colours repeat with another marker and another line.
+    """
+    tested = [label for label in labels if label not in controls]
+    muted = [label for label in labels if label in controls]
+    styles = {
         label: Style(
-            PALETTE[place % len(PALETTE)],
-            MARKERS[(place + place // len(PALETTE)) % len(MARKERS)],
-            SIGNS[(place + place // len(PALETTE)) % len(SIGNS)],
-            f"arm-{place % len(PALETTE)}",
+            *_cycle(place, TESTED, MARKERS, SIGNS),
+            f"arm-{place % len(TESTED)}",
             max(0.7, 1.4 - 0.3 * place),
+            LINES[place // len(TESTED) % len(LINES)],
         )
-        for place, label in enumerate(labels)
+        for place, label in enumerate(tested)
     }
+    styles |= {
+        label: Style(
+            *_cycle(place, CONTROLS, CONTROL_MARKERS, CONTROL_SIGNS),
+            f"arm-{len(TESTED) + place % len(CONTROLS)}",
+            CONTROL_WEIGHT,
+            CONTROL_LINES[(place + place // len(CONTROLS)) % len(CONTROL_LINES)],
+            control=True,
+        )
+        for place, label in enumerate(muted)
+    }
+    return {label: styles[label] for label in labels}
+
+
+def _cycle(place: int, colors: Sequence[str], markers: Sequence[str], signs: Sequence[str]) -> tuple[str, str, str]:
+    # The second time round, the marker moves on by one, so that no colour and marker meet twice.
+    other = (place + place // len(colors)) % len(markers)
+    return colors[place % len(colors)], markers[other], signs[other]
 
 
 @contextmanager

@@ -1,17 +1,16 @@
 """The figures of a report, each a list of small panels with a caption that says what to look at."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
-from twicing.experiments.drawing import INK, LINE_WIDTH, MARK_SIZE, Panel, Style, drawing_settings
-from twicing.experiments.findings import ACCURACY, NOISE_FLOOR, Row
+from twicing.experiments.curves import Curves, Picture, Styles, curves_of, draw, means, seeds_in_words
+from twicing.experiments.drawing import INK, Panel, drawing_settings
+from twicing.experiments.findings import ACCURACY, EPS50, NOISE_FLOOR, PAPER_COMPAT, Row
 from twicing.experiments.results import Record, select
+from twicing.robustness.threat import as_fraction
 
 FLOOR = 0.02
 # Metrics by layer, and what an axis has room for.
@@ -20,25 +19,14 @@ LAYER_METRICS = {
     "distance to the mean token": "||X - mean|| / ||X||",
     "effective rank of centred tokens": "effective rank",
 }
+# The title, the condition that holds the strength, and from how many strengths on it makes a curve.
 THREATS = {
-    "pgd": ("PGD (the headline)", "eps"),
-    "fgsm": ("FGSM (a weak attack)", "eps"),
-    "noise": ("Gaussian noise", "sd"),
+    "pgd": ("PGD", "eps", 1),
+    "fgsm": ("FGSM (a weak attack)", "eps", 1),
+    "noise": ("Gaussian noise", "sd", 1),
+    "spsa": ("SPSA (without gradients)", "eps", 2),
+    "autoattack": ("AutoAttack", "eps", 2),
 }
-
-Styles = Mapping[str, Style]
-Point = tuple[Any, float]
-# arm -> seed -> points (x, y), sorted by x
-Curves = dict[str, dict[int, list[Point]]]
-
-
-@dataclass(frozen=True)
-class Picture:
-    """Panels that belong together, and the sentence below them."""
-
-    name: str
-    panels: Sequence[Panel]
-    caption: str
 
 
 @drawing_settings()
@@ -62,86 +50,58 @@ def differences(rows: Sequence[Row], styles: Styles) -> Picture | None:
 def accuracy_against_strength(records: Sequence[Record], styles: Styles) -> Picture | None:
     """Accuracy against eps (or noise level): PGD, FGSM and noise; thin lines are seeds."""
     found = select(records, metric=ACCURACY)
-    clean = _curves(select(found, conditions={"threat": "clean"}), styles, lambda _: Fraction(0))
+    clean = curves_of(select(found, conditions={"threat": "clean"}), styles, lambda _: Fraction(0))
     panels: list[Panel] = []
-    for threat, (title, strength) in THREATS.items():
+    for threat, (title, strength, fewest) in THREATS.items():
         of_threat = [record for record in select(found, conditions={"threat": threat}) if strength in record.conditions]
-        if of_threat:
-            curves = _curves(of_threat, styles, _strength(strength))
-            panels.append(_strength_panel(f"strength-{threat}", title, strength, clean, curves, styles))
+        spelt = _spelt(of_threat, strength)
+        if len(spelt) >= fewest:
+            curves = curves_of(of_threat, styles, _reader(strength))
+            panels.append(_strength_panel(f"strength-{threat}", title, _AXES[strength], clean, curves, spelt, styles))
+    if not panels:
+        return None
+    caption = [
+        "Accuracy on held-out images against the strength of the disturbance, in units of the pixel range.",
+        seeds_in_words(styles),
+        "The headline is eps50, where half of the images are fooled: about where PGD crosses the dotted line."
+        if select(records, metric=EPS50)
+        else "PGD is the headline.",
+        "FGSM takes one step and is a weak attack, so a gain under FGSM alone is not robustness. Where every arm is "
+        "below 2 % the point is marked floor and compares nothing. The axis is logarithmic; clean accuracy stands at "
+        "its left end.",
+    ]
+    return Picture("strength", panels, " ".join(caption))
+
+
+@drawing_settings()
+def paper_compat(records: Sequence[Record], styles: Styles, std: Sequence[float]) -> Picture | None:
+    """Accuracy under PGD as the papers of this line run it, against eps in normalised units; unverified.
+
+    std: of the normalisation, by channel: eps times their mean is about eps in pixels, the second line of the axis.
+    """
+    found = select(records, metric=ACCURACY, conditions={"threat": PAPER_COMPAT})
+    curves = curves_of(found, styles, _reader("eps"))
+    if not curves:
+        return None
+    spelt = {x: f"{255 * float(x):g}" for x in _spelt(found, "eps")}
+    if std:
+        spelt = {x: f"{word}\n{255 * float(x) * float(np.mean(std)):.2g}" for x, word in spelt.items()}
+    clean = curves_of(select(records, metric=ACCURACY, conditions={"threat": "clean"}), styles, lambda _: Fraction(0))
+    title = PAPER_COMPAT.replace("pgd", "PGD")
+    label = "eps, in 1/255 of a normalised unit" + ("\n(below: in 1/255 of the pixel range)" if std else "")
+    panel = _strength_panel("paper-compat", title, label, clean, curves, spelt, styles, logarithmic=False)
     caption = (
-        "Accuracy on held-out images against the strength of the disturbance, in units of the pixel range. "
-        "Thick lines are means, thin lines are seeds. PGD is the headline; FGSM takes one step and is a weak attack, "
-        "so a gain under FGSM alone is not robustness. Where every arm is below 2 % the point is marked floor and "
-        "compares nothing. The axis is logarithmic; clean accuracy stands at its left end."
+        "Unverified: it follows the released code of a sibling paper, as the attack code of the twicing paper is not "
+        "released. It perturbs normalised inputs, clips nothing, and takes the model's own predictions for labels, so "
+        "an eps here is a smaller change of the pixels than the same eps above, and the two compare nothing."
     )
-    return Picture("strength", panels, caption) if panels else None
+    return Picture("paper-compat", [panel], caption)
 
 
 @drawing_settings()
 def by_layer(records: Sequence[Record], styles: Styles) -> list[Picture]:
     """Similarity and rank by layer: initialisation and trained, attention outputs and block outputs."""
     return [picture for metric in LAYER_METRICS if (picture := _layer_picture(records, metric, styles))]
-
-
-@drawing_settings()
-def training(records: Sequence[Record], styles: Styles) -> Picture | None:
-    """Training loss and held-out accuracy by epoch."""
-    panels: list[Panel] = []
-    for metric in ("training loss [nats]", "held-out accuracy [share of images]"):
-        curves = _curves(select(records, metric=metric), styles, lambda record: record.conditions["epoch"])
-        if curves:
-            panel = Panel(f"training-{len(panels)}", metric)
-            _draw(panel.axes, curves, styles, markers=False)
-            panel.axes.set_xlabel("epoch")
-            panels.append(panel)
-    caption = (
-        "Thick lines are means, thin lines are seeds. The held-out images chose no epoch: the last one is evaluated. "
-        "They did see the recipe being made, so accuracies are a little flattering, to every arm alike."
-    )
-    return Picture("training", panels, caption) if panels else None
-
-
-@drawing_settings()
-def against_seconds(records: Sequence[Record], styles: Styles) -> Picture | None:
-    """Held-out accuracy against the seconds spent in training steps."""
-    seconds = {
-        (record.arm, record.seed, record.conditions["epoch"]): record.value
-        for record in select(records, metric="training time [s]")
-    }
-    timed = [
-        record
-        for record in select(records, metric="held-out accuracy [share of images]")
-        if (record.arm, record.seed, record.conditions["epoch"]) in seconds
-    ]
-    # The mean at an epoch is over the seeds' seconds too, so curves are first keyed by epoch.
-    curves = _curves(timed, styles, lambda record: record.conditions["epoch"])
-    if not curves:
-        return None
-    panel = Panel("seconds", "held-out accuracy [share of images]")
-    for arm, seeds in curves.items():
-        style = styles[arm]
-        for seed, points in seeds.items():
-            panel.axes.plot(
-                [seconds[arm, seed, epoch] for epoch, _ in points],
-                [value for _, value in points],
-                color=style.color,
-                alpha=0.35,
-                linewidth=0.7,
-            )
-        means = _means(seeds)
-        x = [
-            float(np.mean([seconds[arm, seed, epoch] for seed in seeds if (arm, seed, epoch) in seconds]))
-            for epoch, _ in means
-        ]
-        _draw_mean(panel.axes, x, [value for _, value in means], style, markevery=[-1])
-    panel.axes.set_xlabel("seconds spent in training steps")
-    caption = (
-        "The same accuracy against the seconds spent in training steps instead of epochs: what a mechanism gains has "
-        "to be worth its time. Evaluation between epochs is not counted; what else ran on the machine slows the steps "
-        "too. The mark is the last epoch."
-    )
-    return Picture("seconds", [panel], caption)
 
 
 def _difference_panel(name: str, rows: Sequence[Row], styles: Styles) -> Panel:
@@ -172,32 +132,47 @@ def _difference_panel(name: str, rows: Sequence[Row], styles: Styles) -> Panel:
     return panel
 
 
-def _strength_panel(name: str, title: str, strength: str, clean: Curves, curves: Curves, styles: Styles) -> Panel:
+def _strength_panel(
+    name: str,
+    title: str,
+    label: str,
+    clean: Curves,
+    curves: Curves,
+    spelt: Mapping[Fraction, str],
+    styles: Styles,
+    *,
+    logarithmic: bool = True,
+) -> Panel:
     panel = Panel(name, title)
     axes = panel.axes
-    strengths = sorted({x for seeds in curves.values() for points in seeds.values() for x, _ in points})
-    positive = [float(x) for x in strengths if x > 0]
+    positive = [float(x) for x in spelt if x > 0]
     # Zero has no logarithm: clean accuracy takes the place one factor of two left of the weakest disturbance.
-    at_zero = min(positive, default=1.0) / 2
+    at_zero = min(positive, default=1.0) / 2 if logarithmic else 0.0
     joined: Curves = {}
     for arm, seeds in curves.items():
         joined[arm] = {
             seed: [(float(x) or at_zero, y) for x, y in clean.get(arm, {}).get(seed, []) + points]
             for seed, points in seeds.items()
         }
-    _draw(axes, joined, styles)
-    axes.set_xscale("log", base=2)
+    draw(axes, joined, styles)
+    if logarithmic:
+        axes.set_xscale("log", base=2)
     axes.minorticks_off()
+    words = [word for x, word in spelt.items() if x > 0]
+    if words and all(word.endswith("/255") for word in words):
+        words, label = [word.removesuffix("/255") for word in words], f"{label}, in steps of 1/255"
     labels = ["clean"] if clean else []
     ticks = [at_zero] if clean else []
-    axes.set_xticks([*ticks, *positive], [*labels, *(str(x) for x in strengths if x > 0)])
+    axes.set_xticks([*ticks, *positive], [*labels, *words])
     axes.tick_params(axis="x", labelsize=8)
     axes.set_ylim(-0.04, 1.04)
-    axes.set_xlabel("eps" if strength == "eps" else "standard deviation of the noise")
+    axes.set_xlabel(label)
     axes.set_ylabel("accuracy")
-    means = {arm: dict(_means(seeds)) for arm, seeds in joined.items()}
+    if title == THREATS["pgd"][0]:
+        axes.axhline(0.5, color=INK, linewidth=0.8, linestyle=(0, (1, 3)), alpha=0.6)
+    at = {arm: dict(means(seeds)) for arm, seeds in joined.items()}
     for x in positive:
-        if all(mean[x] < FLOOR for mean in means.values() if x in mean):
+        if all(mean[x] < FLOOR for mean in at.values() if x in mean):
             axes.annotate("floor", (x, 0.05), ha="center", fontsize=8, fontstyle="italic")
     return panel
 
@@ -209,10 +184,10 @@ def _layer_picture(records: Sequence[Record], metric: str, styles: Styles) -> Pi
     for where in ("attention output", "block output"):
         for when in ("initialisation", "trained"):
             chosen = select(found, conditions={"where": where, "when": when})
-            curves = _curves(chosen, styles, lambda record: record.conditions["layer"])
+            curves = curves_of(chosen, styles, lambda record: record.conditions["layer"])
             if curves:
                 panel = Panel(f"layers-{place}-{len(panels)}", f"{where}s, {when}")
-                _draw(panel.axes, curves, styles, seeds=False, band=True)
+                draw(panel.axes, curves, styles, seeds=False, band=True)
                 panel.axes.set_xlabel("layer")
                 panel.axes.set_ylabel(LAYER_METRICS[metric])
                 panel.axes.locator_params(axis="x", integer=True)
@@ -230,60 +205,22 @@ def _layer_picture(records: Sequence[Record], metric: str, styles: Styles) -> Pi
         "a cosine can fall while this does not rise.",
     }[metric]
     name = f"{metric[0].upper()}{metric[1:]}"
-    caption = f"{name}, by layer. {meaning} Lines are means, bands one standard deviation over seeds."
+    lines = "Lines are means, bands one standard deviation over seeds"
+    lines += " (controls have none)." if any(style.control for style in styles.values()) else "."
+    caption = f"{name}, by layer. {meaning} {lines}"
     return Picture(f"layers-{place}", panels, caption)
 
 
-def _strength(name: str) -> Callable[[Record], Fraction]:
-    return lambda record: Fraction(str(record.conditions[name]))
+_AXES = {"eps": "eps", "sd": "standard deviation of the noise"}
 
 
-def _curves(records: Iterable[Record], styles: Styles, x: Callable[[Record], Any]) -> Curves:
-    curves: Curves = {}
-    for record in records:
-        if record.arm in styles:
-            curves.setdefault(record.arm, {}).setdefault(record.seed, []).append((x(record), record.value))
-    ordered = {arm: curves[arm] for arm in styles if arm in curves}
-    return {arm: {seed: sorted(points) for seed, points in sorted(seeds.items())} for arm, seeds in ordered.items()}
+def _reader(name: str) -> Callable[[Record], Fraction]:
+    # "4/255 normalised": the unit stands on the axis.
+    return lambda record: as_fraction(str(record.conditions[name]).split()[0], name)
 
 
-def _draw(
-    axes: Axes, curves: Curves, styles: Styles, *, markers: bool = True, seeds: bool = True, band: bool = False
-) -> None:
-    for arm, by_seed in curves.items():
-        style = styles[arm]
-        if seeds:
-            for points in by_seed.values():
-                axes.plot(*zip(*points, strict=True), color=style.color, alpha=0.35, linewidth=0.7)
-        x, mean = zip(*_means(by_seed), strict=True)
-        if band and len(by_seed) > 1:
-            sd = np.array([_spread(by_seed, at) for at in x])
-            axes.fill_between(x, mean - sd, mean + sd, color=style.color, alpha=0.18, linewidth=0)
-        _draw_mean(axes, x, mean, style, markevery=None if markers else [-1])
-
-
-def _draw_mean(
-    axes: Axes, x: Sequence[Any], mean: Sequence[float], style: Style, *, markevery: list[int] | None
-) -> None:
-    axes.plot(
-        x,
-        mean,
-        color=style.color,
-        linewidth=LINE_WIDTH * style.weight,
-        marker=style.marker,
-        markersize=MARK_SIZE * style.weight,
-        markevery=markevery,
-    )
-
-
-def _means(by_seed: Mapping[int, Sequence[Point]]) -> list[Point]:
-    values: dict[Any, list[float]] = {}
-    for points in by_seed.values():
-        for x, y in points:
-            values.setdefault(x, []).append(y)
-    return [(x, float(np.mean(ys))) for x, ys in sorted(values.items())]
-
-
-def _spread(by_seed: Mapping[int, Sequence[Point]], at: Any) -> float:
-    values = [y for points in by_seed.values() for x, y in points if x == at]
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+def _spelt(records: Sequence[Record], name: str) -> dict[Fraction, str]:
+    """Every size that occurs, ascending, as the recipe spells it: 1/16/255 says more than 1/4080."""
+    size = _reader(name)
+    found = {size(record): str(record.conditions[name]) for record in records}
+    return dict(sorted(found.items()))

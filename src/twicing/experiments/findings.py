@@ -1,14 +1,15 @@
 """What a run folder holds, and every arm against standard on the same seeds: the numbers of a report."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from twicing.experiments.masking_verdicts import Verdicts, doubt, read_verdicts
 from twicing.experiments.results import (
     BASELINE,
     Conditions,
@@ -23,9 +24,12 @@ from twicing.experiments.statistics import (
     PairedDifference,
     bootstrap_over_images,
     check_primaries,
+    claims_difference,
     conclusion,
     holm,
+    number,
     paired_difference,
+    small,
     verdict,
 )
 
@@ -35,6 +39,11 @@ ACCURACY = "accuracy [share of images]"
 EPS50 = "eps50 [share of pixel range]"
 ZERO_GRADIENTS = "share of zero gradients"
 STEP_TIME = "training time [s per step]"
+TOP5 = "top-5 accuracy [share of images]"
+CORRUPTED = "mean corruption accuracy [share of images]"
+PAPER_COMPAT = "pgd, paper_compat (unverified)"
+# Threats that look for the change that hurts most: what withstands them is called robust, if nothing was masked.
+ATTACKS = ("pgd", "fgsm", "spsa", "autoattack", "transfer", PAPER_COMPAT)
 
 
 @dataclass(frozen=True)
@@ -60,13 +69,26 @@ class Measure:
 
     @property
     def title(self) -> str:
-        """The name with a capital, for the start of a line."""
-        return _capital(self.name)
+        """The name with a capital, for the start of a line; eps50 is a symbol and keeps its letter."""
+        return self.name if self.name.startswith("eps50") else _capital(self.name)
+
+    @property
+    def is_of_attack(self) -> bool:
+        """Whether a difference in it would be one of robustness against an attack."""
+        return self.metric in (ACCURACY, EPS50, TOP5) and self.conditions.get("threat") in ATTACKS
+
+    def text(self, value: float | None) -> str:
+        """A mean of this measure; of eps50, which is small, three significant digits."""
+        return small(value, digits=3) if self.metric == EPS50 and value is not None else number(value)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One arm on one measure; difference, bootstrap and corrected are against the baseline and None for itself."""
+    """One arm on one measure; difference, bootstrap and corrected are against the baseline and None for itself.
+
+    conclusion, verdict: in words, short and with the evidence; both say so where a difference is shown in robustness
+    that is not established.
+    """
 
     measure: Measure
     arm: ReportedArm
@@ -81,29 +103,16 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Seconds per training step.
-
-    ratio: geometric mean of arm / standard over the seeds that both have, of which there are `pairs`.
-    low, high: its 95 % interval; None with one pair and where every ratio is the same.
-    """
-
-    arm: ReportedArm
-    mean: float
-    sd: float | None
-    pairs: int
-    ratio: float | None
-    low: float | None
-    high: float | None
-
-
-@dataclass(frozen=True)
 class Run:
-    """What the files of a run folder hold. predictions: (arm, seed) -> which images were right."""
+    """What the files of a run folder hold.
+
+    predictions: (arm, seed) -> which images were right. verdicts: arm -> whether its attacks met masked gradients.
+    """
 
     config: Mapping[str, Any]
     records: Sequence[Record]
     predictions: Mapping[tuple[str, int], Correctness]
+    verdicts: Verdicts = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -125,6 +134,18 @@ class Run:
             _arm(label, listed.get(label, {}), present[label]) for label in dict.fromkeys(order) if label in present
         ]
 
+    def values(self, measure: Measure, arm: str) -> dict[int, float]:
+        """The value that each seed of an arm has for a measure."""
+        return value_by_seed(self._grouped.get((measure.metric, arm), []), measure.metric, arm, measure.conditions)
+
+    @cached_property
+    def _grouped(self) -> dict[tuple[str, str], list[Record]]:
+        # A page asks for thousands of values; each would otherwise look at every record.
+        found: dict[tuple[str, str], list[Record]] = {}
+        for record in self.records:
+            found.setdefault((record.metric, record.arm), []).append(record)
+        return found
+
     @property
     def seeds(self) -> list[int]:
         """The seeds that the config asked for."""
@@ -140,7 +161,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read config.json, results.jsonl and, where it is there, predictions.npz."""
+    """Read config.json, results.jsonl and, where they are there, predictions.npz and verdicts.json."""
     for name in ("config.json", "results.jsonl"):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -154,7 +175,7 @@ def read_run(folder: Path) -> Run:
         ) from error
     predictions = folder / "predictions.npz"
     answers = read_predictions(predictions) if predictions.is_file() else {}
-    return Run(config, read_records(folder / "results.jsonl"), answers)
+    return Run(config, read_records(folder / "results.jsonl"), answers, read_verdicts(folder))
 
 
 def primary_rows(run: Run) -> list[Row]:
@@ -166,7 +187,7 @@ def primary_rows(run: Run) -> list[Row]:
     p_values = [_p(rows[place].difference) for place in family] + [None] * (family_size(run) - len(family))
     corrected = dict(zip(family, holm(p_values), strict=False))
     return [
-        _with_verdict(row, corrected.get(place), len(p_values) if place in corrected else 0)
+        _with_verdict(run, row, corrected.get(place), len(p_values) if place in corrected else 0)
         for place, row in enumerate(rows)
     ]
 
@@ -196,24 +217,7 @@ def exploratory_measures(run: Run) -> list[Measure]:
 def exploratory_rows(run: Run, measures: Sequence[Measure]) -> list[Row]:
     """Every arm but standard on these measures, exploratory and uncorrected."""
     rows = [_row(run, measure, arm) for measure in measures for arm in run.arms if arm.label != BASELINE]
-    return [_with_verdict(row, None, 0) for row in rows if row.values]
-
-
-def costs(run: Run) -> list[Cost]:
-    """Seconds per training step of every arm, and its ratio to standard on the same seed."""
-    baseline = value_by_seed(run.records, STEP_TIME, BASELINE, {})
-    found = []
-    for arm in run.arms:
-        values = value_by_seed(run.records, STEP_TIME, arm.label, {})
-        if not values:
-            continue
-        mean, sd = mean_and_sd(values)
-        logs = None if arm.label == BASELINE else paired_difference(_logs(baseline), _logs(values))
-        ends = (None, None, None) if logs is None else (logs.mean, logs.low, logs.high)
-        ratio, low, high = (None if end is None else math.exp(end) for end in ends)
-        pairs = 0 if logs is None else len(logs.seeds)
-        found.append(Cost(arm, mean, sd, pairs, ratio, low, high))
-    return found
+    return [_with_verdict(run, row, None, 0) for row in rows if row.values]
 
 
 def mean_and_sd(values: Mapping[int, float]) -> tuple[float, float | None]:
@@ -236,15 +240,15 @@ def _arm(label: str, entry: Mapping[str, Any], record: Record) -> ReportedArm:
 def _better(metric: str) -> str:
     if metric == STEP_TIME:
         return "lower"
-    return "higher" if metric in (ACCURACY, EPS50) else "neither"
+    return "higher" if metric in (ACCURACY, EPS50, TOP5, CORRUPTED) else "neither"
 
 
 def _row(run: Run, measure: Measure, arm: ReportedArm) -> Row:
-    values = value_by_seed(run.records, measure.metric, arm.label, measure.conditions)
+    values = run.values(measure, arm.label)
     mean, sd = mean_and_sd(values) if values else (None, None)
     if arm.label == BASELINE:
         return Row(measure, arm, values, mean, sd, None, None, None, "", "")
-    baseline = value_by_seed(run.records, measure.metric, BASELINE, measure.conditions)
+    baseline = run.values(measure, BASELINE)
     difference = paired_difference(baseline, values)
     return Row(measure, arm, values, mean, sd, difference, None, None, "", "")
 
@@ -261,12 +265,15 @@ def _bootstrap(run: Run, row: Row) -> tuple[float, float] | None:
     return bootstrap_over_images(standard, other, threat_key(threat), generator=generator)
 
 
-def _with_verdict(row: Row, corrected: float | None, family: int) -> Row:
+def _with_verdict(run: Run, row: Row, corrected: float | None, family: int) -> Row:
     if row.arm.label == BASELINE:
         return row
     better = row.measure.better
     short = conclusion(row.difference, corrected=corrected, family=family, better=better)
     long = verdict(row.difference, corrected=corrected, family=family, better=better)
+    doubtful = doubt(run.verdicts, BASELINE, row.arm.label) if row.measure.is_of_attack else ""
+    if doubtful and claims_difference(row.difference, corrected=corrected, family=family):
+        short, long = f"{short}; {doubtful}", f"{long}; {doubtful}"
     return replace(row, corrected=corrected, conclusion=short, verdict=long)
 
 
@@ -276,7 +283,3 @@ def _capital(text: str) -> str:
 
 def _p(difference: PairedDifference | None) -> float | None:
     return None if difference is None else difference.p
-
-
-def _logs(values: Mapping[int, float]) -> dict[int, float]:
-    return {seed: math.log(value) for seed, value in values.items() if value > 0}

@@ -2,25 +2,54 @@
 
 import dataclasses
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from twicing.experiments.arms import Arm
 from twicing.experiments.results import Environment, read_json, write_json
+from twicing.training.hardware import Hardware
 from twicing.training.recipe import Recipe
 
 CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
+class Resources:
+    """Where the data lie and what trainings run on: none of it is part of what is compared.
+
+    data_dir: what --data-dir named. cache: where decoded images are kept.
+    """
+
+    data_dir: Path | None = None
+    cache: Path | None = None
+    hardware: Hardware = field(default_factory=Hardware)
+
+    @property
+    def device(self) -> torch.device:
+        """What models are evaluated on: the GPU where trainings may use one and there is one."""
+        wanted = self.hardware.accelerator
+        return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True)
 class Job:
-    """One training and its evaluation: an arm and a seed. Seed k holds out fold k."""
+    """One training and its evaluation: an arm and a seed. Seed k holds out fold k.
+
+    recipe: as the arm follows it. place: which of the comparison's seeds it is, counted from 0.
+    others: label -> folder of the seed's other arms.
+    """
 
     recipe: Recipe
     arm: Arm
     seed: int
     folder: Path
+    place: int = 0
+    others: Mapping[str, Path] = field(default_factory=dict)
+    resources: Resources = field(default_factory=Resources)
 
     @property
     def name(self) -> str:
@@ -40,17 +69,20 @@ class Plan:
         if not self.seeds:
             raise ValueError("a comparison needs at least one seed: got none.")
 
-    def jobs(self, folder: Path) -> list[Job]:
+    def jobs(self, folder: Path, resources: Resources | None = None) -> list[Job]:
         """All trainings, in the order in which they are started.
 
         Arms vary fastest, so that a seed's pair is complete before the next seed starts. The baseline comes last, as it
         is the quickest: with the longest job started last, all cores but one would wait for it.
         """
-        return [
-            Job(self.recipe, arm, seed, folder / f"{arm.folder_name}-seed{seed}")
-            for seed in self.seeds
-            for arm in reversed(self.arms)
-        ]
+        jobs = []
+        for place, seed in enumerate(self.seeds):
+            folders = {arm.label: folder / f"{arm.folder_name}-seed{seed}" for arm in self.arms}
+            for arm in reversed(self.arms):
+                others = {label: other for label, other in folders.items() if label != arm.label}
+                own = folders[arm.label]
+                jobs.append(Job(arm.recipe(self.recipe), arm, seed, own, place, others, resources or Resources()))
+        return jobs
 
     def identity(self) -> dict[str, Any]:
         """All that decides the numbers, as JSON holds it."""
@@ -77,7 +109,13 @@ class Plan:
 
 
 def open_folder(
-    folder: Path, plan: Plan, command: str, jobs: int, environment: Environment, started: str
+    folder: Path,
+    plan: Plan,
+    command: str,
+    jobs: int,
+    environment: Environment,
+    started: str,
+    resources: Resources | None = None,
 ) -> str | None:
     """Make the run folder with its config.json, or check that the one that is there is of the same plan.
 
@@ -104,6 +142,8 @@ def open_folder(
     where = {
         "command": command,
         "jobs": jobs,
+        "data_dir": str(resources.data_dir.absolute()) if resources and resources.data_dir else None,
+        "hardware": dataclasses.asdict(resources.hardware) if resources else None,
         "versions": environment.versions,
         "commit": environment.commit,
         "device": environment.device,

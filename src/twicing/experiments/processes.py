@@ -37,8 +37,12 @@ class _Running:
     messages: Connection
 
 
-def run_all(jobs: Sequence[Job], side_by_side: int, environment: Environment, report: Report) -> None:
+def run_all(
+    jobs: Sequence[Job], side_by_side: int, environment: Environment, report: Report, *, last: bool = False
+) -> None:
     """Run every job, at most `side_by_side` at once; report is told job, part and share done as they go on.
+
+    last: the parts that look at a seed's other arms, which must all have finished theirs.
 
     Raises JobFailedError for the first job that fails, after ending the others: what they had finished is kept.
     KeyboardInterrupt ends them as well.
@@ -49,7 +53,7 @@ def run_all(jobs: Sequence[Job], side_by_side: int, environment: Environment, re
     try:
         while waiting or running:
             while waiting and len(running) < side_by_side:
-                running.append(_start(context, waiting.pop(), environment))
+                running.append(_start(context, waiting.pop(), environment, last))
             for ready in wait([one.messages for one in running]):
                 one = next(one for one in running if one.messages is ready)
                 if _hear(one, report):
@@ -70,9 +74,9 @@ def _context() -> BaseContext:
     return context
 
 
-def _start(context: Any, job: Job, environment: Environment) -> _Running:
+def _start(context: Any, job: Job, environment: Environment, last: bool) -> _Running:
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, environment, there), name=job.name, daemon=True)
+    process = context.Process(target=_work, args=(job, environment, there, last), name=job.name, daemon=True)
     process.start()
     # The child holds the only writing end, so that its death is the end of the messages.
     there.close()
@@ -98,7 +102,7 @@ def _hear(one: _Running, report: Report) -> bool:
     return False
 
 
-def _work(job: Job, environment: Environment, messages: Connection) -> None:
+def _work(job: Job, environment: Environment, messages: Connection, last: bool) -> None:
     # Ctrl-C reaches the whole group; the parent decides, and ends its children in order.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _end_with_parent()
@@ -109,7 +113,7 @@ def _work(job: Job, environment: Environment, messages: Connection) -> None:
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
         _log_to(job)
-        run_job(job, environment, lambda part, share: messages.send(("progress", part, share)))
+        run_job(job, environment, lambda part, share: messages.send(("progress", part, share)), last=last)
         messages.send(("done",))
     except Exception as error:
         traceback.print_exc()

@@ -8,21 +8,26 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from twicing.experiments import figures
+from twicing.experiments import corruption_bars, figures, training_figures
+from twicing.experiments.attack_tables import stronger_attacks, transfer_matrices
+from twicing.experiments.costs import costs
 from twicing.experiments.drawing import arm_styles
 from twicing.experiments.findings import (
     ACCURACY,
     NOISE_FLOOR,
+    Measure,
+    Row,
     Run,
-    costs,
     exploratory_measures,
     exploratory_rows,
     family_size,
     primary_rows,
     read_run,
 )
+from twicing.experiments.masking_verdicts import verdict_on
+from twicing.experiments.published_beside import published_beside
 from twicing.experiments.results import BASELINE, replace_file, select
-from twicing.experiments.sentences import caveats, in_short, missing_seeds
+from twicing.experiments.sentences import caveats, in_short, missing_seeds, was_attacked
 from twicing.experiments.statistics import number, p_text, signed
 
 PAPERS = (
@@ -84,11 +89,10 @@ def _page(run: Run) -> str:
     )
     environment.filters |= {"number": number, "signed": signed, "p_text": p_text, "typeset": typeset}
     config, arms = run.config, run.arms
-    styles = arm_styles([arm.label for arm in arms])
+    styles = arm_styles([arm.label for arm in arms], [arm.label for arm in arms if arm.control])
     rows = primary_rows(run)
-    measures = exploratory_measures(run)
     made_with = _made_with(run)
-    by_layer = [measure for measure in measures if "layer" in measure.conditions]
+    beside, protocol_differs = published_beside(run)
     return environment.get_template("report.html").render(
         run=run,
         config=config,
@@ -104,18 +108,24 @@ def _page(run: Run) -> str:
         differences=figures.differences(rows, styles),
         strength=figures.accuracy_against_strength(run.records, styles),
         layers=figures.by_layer(run.records, styles),
-        training=figures.training(run.records, styles),
-        seconds=figures.against_seconds(run.records, styles),
+        attacked=was_attacked(run),
+        verdicts=[verdict_on(run.verdicts, arm.label) for arm in arms],
+        stronger=stronger_attacks(run),
+        transfers=transfer_matrices(run),
+        compat=figures.paper_compat(run.records, styles, config.get("recipe", {}).get("std", ())),
+        corruptions=corruption_bars.bars(run.records, styles),
+        corruption_table=corruption_bars.table(run),
+        training=training_figures.training(run.records, styles),
+        seconds=training_figures.against_seconds(run.records, styles),
         costs=costs(run),
-        exploratory=[
-            ("Accuracy, attacks and time", exploratory_rows(run, [one for one in measures if one not in by_layer])),
-            ("Similarity and rank, by layer", exploratory_rows(run, by_layer)),
-        ],
+        exploratory=_exploratory(run),
         controls=[arm for arm in arms if arm.control],
         caveats=caveats(run, rows),
         missing=missing_seeds(run),
-        images=_images(run),
-        published=_published(run),
+        images=_images(run, "clean"),
+        attacked_images=_images(run, "pgd"),
+        beside=beside,
+        protocol_differs=protocol_differs,
         initialisation=_initialisation(run),
         recipe=flatten(config.get("recipe", {})),
         mixture=_mixture(made_with),
@@ -124,8 +134,24 @@ def _page(run: Run) -> str:
     )
 
 
-def _images(run: Run) -> str:
-    counts = sorted({record.n for record in select(run.records, metric=ACCURACY, conditions={"threat": "clean"})})
+def _exploratory(run: Run) -> list[tuple[str, list[Row]]]:
+    """The exploratory comparisons under headings. Transfer has its matrix: it compares pairs, not with standard."""
+    groups: dict[str, list[Measure]] = {
+        "Accuracy, attacks and time": [],
+        "Corruptions, generated": [],
+        "Similarity and rank, by layer": [],
+    }
+    general, corrupted, by_layer = groups.values()
+    for measure in exploratory_measures(run):
+        threat = measure.conditions.get("threat")
+        if threat != "transfer":
+            group = by_layer if "layer" in measure.conditions else corrupted if threat == "corruption" else general
+            group.append(measure)
+    return [(title, exploratory_rows(run, measures)) for title, measures in groups.items()]
+
+
+def _images(run: Run, threat: str) -> str:
+    counts = sorted({record.n for record in select(run.records, metric=ACCURACY, conditions={"threat": threat})})
     if not counts:
         return ""
     return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -134,11 +160,6 @@ def _images(run: Run) -> str:
 def _initialisation(run: Run) -> str:
     weights = str(run.config.get("recipe", {}).get("initialisation") or "").rstrip(".")
     return f"Initialisation: {weights}." if weights else ""
-
-
-def _published(run: Run) -> list[tuple[str, Mapping[str, Any]]]:
-    found = {f"{record.arm}, {record.metric}": record.published for record in run.records if record.published}
-    return list(found.items())
 
 
 def _made_with(run: Run) -> dict[str, list[str]]:

@@ -158,13 +158,25 @@ def value_by_seed(records: Iterable[Record], metric: str, arm: str, conditions: 
 class Correctness:
     """Which images one trained model got right, under each threat.
 
-    index: [n], positions of the images in the whole data set. correct: threat key -> [n] booleans.
+    index: [n], positions of the held-out images in the whole data set. correct: threat key -> booleans, [n], or [m]
+    where only the probes were disturbed. probes: [m], which of the n they are; None where all of them were.
     """
 
     arm: str
     seed: int
     index: NDArray[np.int64]
     correct: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    probes: NDArray[np.int64] | None = None
+
+    def positions(self, threat: str) -> NDArray[np.int64]:
+        """Positions in the whole data set of the images behind correct[threat].
+
+        With as many probes as images, both orders are the same: probes are kept in ascending order.
+        """
+        answers = self.correct[threat]
+        if len(answers) == len(self.index) or self.probes is None:
+            return self.index
+        return self.index[self.probes]
 
 
 def threat_key(conditions: Conditions) -> str:
@@ -174,10 +186,14 @@ def threat_key(conditions: Conditions) -> str:
 
 
 def write_predictions(path: Path, predictions: Iterable[Correctness]) -> None:
-    """Write predictions.npz with keys "<arm>|seed<k>|index" and "<arm>|seed<k>|<threat key>"."""
+    """Write predictions.npz with keys "<arm>|seed<k>|index", "...|probes" where there are any, and "...|<threat key>"."""
     arrays: dict[str, NDArray[Any]] = {}
     for one in predictions:
         named = {"index": np.asarray(one.index, dtype=np.int64)}
+        lengths = {len(one.index)}
+        if one.probes is not None:
+            named["probes"] = np.asarray(one.probes, dtype=np.int64)
+            lengths.add(len(one.probes))
         named |= {key: np.asarray(values, dtype=np.bool_) for key, values in one.correct.items()}
         for name, values in named.items():
             if "|" in one.arm or "|" in name:
@@ -185,9 +201,10 @@ def write_predictions(path: Path, predictions: Iterable[Correctness]) -> None:
                     f"arm and threat must not contain '|', which separates them in {path.name}: "
                     f"got {one.arm!r}, {name!r}. Rename the arm."
                 )
-            if values.shape != named["index"].shape:
+            if values.ndim != 1 or len(values) not in lengths:
+                wanted = " or ".join(str((length,)) for length in sorted(lengths))
                 raise ValueError(
-                    f"expected one answer per image, {named['index'].shape}, got {values.shape} "
+                    f"expected one answer per image, {wanted}, got {values.shape} "
                     f"for {one.arm!r}, seed {one.seed}, {name!r}."
                 )
             arrays[f"{one.arm}|seed{one.seed}|{name}"] = values
@@ -209,7 +226,10 @@ def read_predictions(path: Path) -> dict[tuple[str, int], Correctness]:
             raise ValueError(
                 f"{path}: {arm!r}, seed {seed} has no 'index'; its images cannot be paired. Write it anew."
             )
-    return {(arm, seed): Correctness(arm, seed, named.pop("index"), named) for (arm, seed), named in found.items()}
+    return {
+        (arm, seed): Correctness(arm, seed, named.pop("index"), probes=named.pop("probes", None), correct=named)
+        for (arm, seed), named in found.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -5,33 +5,61 @@ The page and the terminal both take them from here, so they cannot say different
 
 from collections.abc import Sequence
 
+from twicing.experiments.costs import Cost, costs
 from twicing.experiments.findings import (
     ACCURACY,
+    ATTACKS,
+    CORRUPTED,
     EPS50,
     NOISE_FLOOR,
+    PAPER_COMPAT,
     ZERO_GRADIENTS,
-    Cost,
     Measure,
     Row,
     Run,
-    costs,
 )
+from twicing.experiments.masking_verdicts import NO_SIGN, NOT_ESTABLISHED, NOT_LOOKED_FOR, verdict_on
 from twicing.experiments.results import BASELINE, Record, select, threat_key
-from twicing.experiments.statistics import FEWEST_SEEDS, interval, number, seeds_caveat, signed
+from twicing.experiments.statistics import FEWEST_SEEDS, interval, number, seeds_caveat, signed, small
 
 SIMILARITY = "mean pairwise cosine"
 MOSTLY_BLIND = 0.5
 SIMILARITY_CAVEAT = "Lower similarity of tokens is a property of the mechanism, not by itself a benefit."
+MOST_SENTENCES = 6
 
 
 def in_short(run: Run, rows: Sequence[Row]) -> list[str]:
-    """Three to five sentences that say what was found, made from the statistics alone."""
+    """Three to six sentences that say what was found, made from the statistics alone."""
     primary = [_primary_sentence(measure, rows) for measure in run.primaries]
-    cost, floor = _cost_sentence(costs(run)), _floor_sentence(rows)
+    masking, cost, floor = masking_sentence(run), _cost_sentence(costs(run)), _floor_sentence(rows)
     n = fewest_pairs(run, rows)
     # With few seeds what could not be shown matters most; with enough it may give way to the rest.
     first, last = ([seeds_caveat(n)], []) if n < FEWEST_SEEDS else ([], [seeds_caveat(n)])
-    return [sentence for sentence in [*first, *primary, cost, floor, *last] if sentence][:5]
+    return [sentence for sentence in [*first, *primary, masking, cost, floor, *last] if sentence][:MOST_SENTENCES]
+
+
+def was_attacked(run: Run) -> bool:
+    """Whether the run holds any attack, so that gradient masking has to be spoken of."""
+    return any(record.conditions.get("threat") in ATTACKS for record in run.records)
+
+
+def masking_sentence(run: Run) -> str:
+    """Whether the attacks of this run are to be believed, arm by arm; empty where nothing was attacked."""
+    if not was_attacked(run):
+        return ""
+    found = [verdict_on(run.verdicts, arm.label) for arm in run.arms]
+    passed = [one.arm for one in found if one.passed]
+    failed = [one for one in found if one.passed is False]
+    unknown = [one.arm for one in found if one.passed is None]
+    parts = [f"{NOT_ESTABLISHED} for {one.arm}: {one.reason}" for one in failed]
+    if unknown:
+        where = f" in {', '.join(unknown)}" if len(unknown) < len(found) else f", so {NOT_ESTABLISHED}"
+        parts.append(f"{NOT_LOOKED_FOR}{where}")
+    if passed:
+        others = f"the other arms ({', '.join(passed)})" if parts else "any arm"
+        parts.append(f"{NO_SIGN} in {others}")
+    words = "; ".join(parts)
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def fewest_pairs(run: Run, rows: Sequence[Row]) -> int:
@@ -70,12 +98,48 @@ def caveats(run: Run, rows: Sequence[Row]) -> list[str]:
         )
     if any(record.metric == SIMILARITY for record in run.records):
         found.append(SIMILARITY_CAVEAT)
-    if any(record.conditions.get("threat") in ("fgsm", "pgd") for record in run.records):
+    if was_attacked(run):
         found.append(
             "Attacks give an upper bound of the accuracy that a stronger attack would leave; "
             "they do not prove that a model is robust."
         )
-    return found + [sentence for sentence in (_blind_sentence(run), _eps50_sentence(run)) if sentence]
+    if select(run.records, metric=EPS50):
+        found.append(
+            "eps50 is the eps at which PGD fools half of the images, the ones that are wrong from the start included "
+            "(0 where these alone are half): an upper bound, which says nothing about larger eps."
+        )
+    if select(run.records, conditions={"threat": "corruption"}) or select(run.records, metric=CORRUPTED):
+        found.append("The corruptions were generated here and are not ImageNet-C: no mCE can be made of them.")
+    if select(run.records, conditions={"threat": PAPER_COMPAT}):
+        found.append("The paper_compat attack is unverified: the attack code of the twicing paper is not released.")
+    more = (_verdict_sentence(run), _probes_sentence(run), _blind_sentence(run), _eps50_sentence(run))
+    return found + [sentence for sentence in more if sentence]
+
+
+def _verdict_sentence(run: Run) -> str:
+    have = [verdict_on(run.verdicts, arm.label) for arm in run.arms]
+    examined = [one for verdict in have for one in verdict.seeds]
+    lacking = [one.arm for one in have if one.seeds and {seed.seed for seed in one.seeds} < set(run.seeds)]
+    if not examined or not lacking:
+        return ""
+    images = sorted({one.images for one in examined})
+    of_arms = "" if len(lacking) == len(run.arms) else f" of {', '.join(lacking)}"
+    return (
+        f"Gradient masking was looked for in some seeds only{of_arms}, on "
+        f"{' to '.join(str(n) for n in dict.fromkeys((images[0], images[-1])))} images each: the other models may "
+        "behave otherwise."
+    )
+
+
+def _probes_sentence(run: Run) -> str:
+    clean = {record.n for record in select(run.records, metric=ACCURACY, conditions={"threat": "clean"})}
+    attacked = {record.n for record in select(run.records, metric=ACCURACY, conditions={"threat": "pgd"})}
+    if not clean or not attacked or max(attacked) >= min(clean):
+        return ""
+    return (
+        f"Attacks worked on {max(attacked)} of the {max(clean)} held-out images, the same ones for every arm: "
+        "accuracies under attack have the larger error for it."
+    )
 
 
 def _blind_sentence(run: Run) -> str:
@@ -95,13 +159,14 @@ def _eps50_sentence(run: Run) -> str:
     attacked = {
         (record.arm, record.seed) for record in select(run.records, metric=ACCURACY, conditions={"threat": "pgd"})
     }
+    asked_for = bool(have) or any(measure.metric == EPS50 for measure in run.primaries)
     lacking = sorted(attacked - have)
-    if not have or not lacking:
+    if not asked_for or not lacking:
         return ""
     which = ", ".join(f"{arm} seed {seed}" for arm, seed in lacking)
     return (
-        f"eps50 has no value for {which}, where more than half of the images withstood the largest eps; "
-        "its comparisons leave out just these robust models."
+        f"eps50 has no value for {which}, where more than half of the images withstood a change of the whole pixel "
+        "range, as only masked gradients let them; its comparisons leave out these models."
     )
 
 
@@ -115,9 +180,16 @@ def _primary_sentence(measure: Measure, rows: Sequence[Row]) -> str:
     others = [row for row in mine if row.arm.label != BASELINE and not row.arm.control]
     if not standard or not others:
         return f"{measure.title}: not compared, because results are missing."
-    parts = [f"{row.arm.label} {number(row.mean)}, {row.verdict}" for row in others]
+    parts = [f"{row.arm.label} {_value(measure, row.mean)}, {row.verdict}" for row in others]
     caveat = f" {SIMILARITY_CAVEAT}" if measure.metric == SIMILARITY else ""
-    return f"{measure.title}: standard {number(standard[0].mean)}; {'; '.join(parts)}.{caveat}"
+    return f"{measure.title}: standard {_value(measure, standard[0].mean)}; {'; '.join(parts)}.{caveat}"
+
+
+def _value(measure: Measure, mean: float | None) -> str:
+    if measure.metric != EPS50 or mean is None:
+        return measure.text(mean)
+    # The field counts eps in steps of 8-bit pixels.
+    return f"{measure.text(mean)} ({small(255 * mean, digits=3)}/255)"
 
 
 def _cost_sentence(found: Sequence[Cost]) -> str:

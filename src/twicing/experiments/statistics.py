@@ -68,16 +68,16 @@ def paired_difference(baseline: Mapping[int, float], treatment: Mapping[int, flo
     if not seeds:
         return None
     d = np.array([treatment[seed] - baseline[seed] for seed in seeds], dtype=np.float64)
+    # Differences of equal decimals differ in the last bits; that is no difference, and no spread between seeds.
+    rounding = 1e-12 * max(abs(values[seed]) for values in (baseline, treatment) for seed in seeds)
     mean = float(d.mean())
+    mean = 0.0 if abs(mean) <= rounding else mean
     differences = tuple(float(one) for one in d)
     if len(seeds) == 1:
         return PairedDifference(seeds, differences, missing, mean, None, None, None)
     sd = float(d.std(ddof=1))
-    # Differences of equal decimals differ in the last bits; that is no spread between seeds.
-    rounding = 1e-12 * max(abs(values[seed]) for values in (baseline, treatment) for seed in seeds)
     if sd <= rounding:
-        exact = 0.0 if abs(mean) <= rounding else mean
-        return PairedDifference(seeds, differences, missing, exact, 0.0, None, None)
+        return PairedDifference(seeds, differences, missing, mean, 0.0, None, None)
     half_width = spread_factor(len(seeds)) * sd
     t = mean / (sd / math.sqrt(len(seeds)))
     p = float(2 * stats.t.sf(abs(t), len(seeds) - 1))
@@ -113,6 +113,15 @@ def check_primaries(primaries: Sequence[Mapping[str, Any]]) -> None:
 def is_shown(p: float | None) -> bool:
     """Whether p (corrected, where there is a correction) shows a difference at the 5 % level."""
     return p is not None and p <= LEVEL
+
+
+def claims_difference(difference: PairedDifference | None, *, corrected: float | None = None, family: int = 0) -> bool:
+    """Whether `conclusion` says that the two differ: a shown difference, or the same one on every seed."""
+    if difference is None or difference.sd is None:
+        return False
+    if difference.half_width is None:
+        return difference.mean != 0
+    return is_shown(corrected if family else difference.p)
 
 
 def conclusion(
@@ -200,15 +209,25 @@ def bootstrap_over_images(
 
 
 def number(value: float | None) -> str:
-    """Three decimals for ordinary sizes, two significant digits for tiny ones; an en dash for nothing."""
+    """Three decimals for ordinary sizes, two significant digits for small ones; an en dash for nothing."""
     if value is None:
         return "–"  # noqa: RUF001
     size = abs(value)
-    if size == 0:
-        return "0"
-    if size < 0.001:
-        return f"{value:.2g}"
+    # An eps50 differs by this much: one digit of it would compare nothing.
+    if size < 0.01:
+        return small(value, digits=2)
     return f"{value:.3f}" if size < 10 else f"{value:.1f}"
+
+
+def small(value: float, *, digits: int) -> str:
+    """So many significant digits, without an exponent down to a millionth."""
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-6:
+        return f"{value:.{digits}g}"
+    # Rounded first, so that 0.0999 with two digits is 0.10 and not 0.100.
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:.{max(0, digits - 1 - math.floor(math.log10(abs(rounded))))}f}"
 
 
 def signed(value: float | None) -> str:
@@ -234,7 +253,7 @@ def p_text(p: float | None) -> str:
 
 
 def _image_differences(one: Correctness, other: Correctness, threat: str) -> NDArray[np.int8]:
-    _, at_one, at_other = np.intersect1d(one.index, other.index, return_indices=True)
+    _, at_one, at_other = np.intersect1d(one.positions(threat), other.positions(threat), return_indices=True)
     return other.correct[threat][at_other].astype(np.int8) - one.correct[threat][at_one].astype(np.int8)
 
 

@@ -29,7 +29,7 @@ def print_summary(run_folder: Path, console: Console) -> None:
             if row.measure != measure or row.mean is None:
                 continue
             name = f"{row.arm.label} (control)" if row.arm.control else row.arm.label
-            table.add_row(escape(name), number(row.mean), number(row.sd), *_difference(row))
+            table.add_row(escape(name), measure.text(row.mean), number(row.sd), *_difference(row))
         console.print()
         console.print(table)
     console.print()

@@ -1,0 +1,34 @@
+"""Make docs/results.md from the run folders of comparisons; every number on it is theirs.
+
+Run it: python scripts/results_page.py runs/mnist runs/cifar10
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from twicing.experiments.results_table import results_markdown
+
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+INTRODUCTION = """# Results
+
+Made by `python scripts/results_page.py RUN...` from run folders alone. The command above a table makes its run again.
+
+How to read a table: the first number of a cell is the mean over seeds ± their standard deviation; below it the mean
+difference to standard attention on the same seed with its paired 95 % interval (Student's t, uncorrected); below that
+what it shows. Primary metrics were declared before the run, and their words are corrected by Holm over mechanisms and
+primary metrics; all other words are uncorrected. Controls test the experiment and are outside of the correction.
+"No difference shown" is not "equal": the smallest difference that could have been shown stands beside it. eps50 is the
+median over images of the smallest PGD eps that fools the model, a share of the pixel range. Robustness counts as
+established only where no check found a sign of gradient masking."""
+
+
+def page(folders: Sequence[Path]) -> str:
+    """The whole page, with a section for each run folder in the order given."""
+    return "\n\n".join([INTRODUCTION, *(results_markdown(folder) for folder in folders)]) + "\n"
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:]:
+        sys.exit("name the run folders: python scripts/results_page.py RUN...")
+    PAGE.write_text(page([Path(name) for name in sys.argv[1:]]), encoding="utf-8")

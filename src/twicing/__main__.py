@@ -1,0 +1,5 @@
+"""`python -m twicing` is the command `twicing`, also for torchrun -m."""
+
+from twicing.cli import main
+
+main()

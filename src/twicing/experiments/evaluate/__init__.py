@@ -1,0 +1,1 @@
+"""`twicing evaluate`: attacks, corruptions and shifted test sets for models that are trained already."""
