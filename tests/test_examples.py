@@ -39,6 +39,13 @@ def test_export(tmp_path):
     assert "6 calls of fused attention" in output
 
 
+def test_own_mechanism(tmp_path):
+    output = run("own_mechanism.py", tmp_path)
+    assert "GiveBack is sound." in output
+    assert "New parameters: 6, so make the optimiser now" in output
+    assert (tmp_path / "runs" / "own_mechanism" / "report.html").exists()
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short_and_each_is_tested(path):
     assert len(path.read_text().splitlines()) < 60

@@ -16,7 +16,7 @@ from twicing.experiments.processes import run_all
 from twicing.experiments.progress import JobProgress
 from twicing.experiments.results import environment, write_json, write_predictions, write_records
 from twicing.mechanisms.registry import find_mechanism
-from twicing.testing.soundness import MechanismError, check_mechanism
+from twicing.testing.soundness import checked
 from twicing.training.classification import build_model
 from twicing.training.split import prepare_data
 
@@ -97,16 +97,7 @@ def _refuse_what_cannot_be_built(plan: Plan) -> None:
         except TypeError as error:
             raise ValueError(f"The mechanism {arm.mechanism!r} cannot be built: {error}") from error
         if ":" in arm.mechanism:
-            _refuse_unsound(arm.mechanism)
-
-
-def _refuse_unsound(name: str) -> None:
-    try:
-        check_mechanism(find_mechanism(name), causal=False)
-    except MechanismError as error:
-        raise ValueError(
-            f"{error}\nIts numbers would mean nothing: mend it until twicing.testing.check_mechanism() passes."
-        ) from error
+            checked(find_mechanism(arm.mechanism), arm.mechanism)
 
 
 def _announcement(plan: Plan, total: int, finished: int, side_by_side: int) -> str:
