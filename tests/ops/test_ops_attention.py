@@ -246,11 +246,12 @@ def test_a_backend_is_one_object_and_one_entry(monkeypatch):
 
 def test_explain_backend_says_what_auto_takes_and_why_not_the_others():
     q = torch.randn(1, 2, 5, 4)
-    taken, other, third = explain_backend(q, q, q).split("\n")
+    taken, other, third, fourth = explain_backend(q, q, q).split("\n")
     assert taken.startswith("backend='auto' takes 'sdpa', the first that serves this call: one call of scaled_dot")
     assert other.startswith("not 'reference': it would serve too: the dense attention matrix")
     assert third.startswith("not 'blocked': it would serve too: on the CPU")
-    taken, other, _ = explain_backend(q, q, q, dropout_p=0.1).split("\n")
+    assert fourth.startswith("not 'triton': it works on CUDA devices, and the query is on cpu. Use backend='sdpa'")
+    taken, other, *_ = explain_backend(q, q, q, dropout_p=0.1).split("\n")
     assert taken.startswith("backend='auto' takes 'reference'")
     assert "would drop other weights" in other
     assert explain_backend(q, q, q, backend="reference").startswith("backend='reference' takes 'reference', as asked")

@@ -138,11 +138,11 @@ REFUSED = {
     ),
     "backend": (
         {"backend": "spda"},
-        "Unknown backend 'spda': known are 'auto', 'sdpa', 'reference', 'blocked'. Did you mean 'sdpa'?",
+        "Unknown backend 'spda': known are 'auto', 'sdpa', 'reference', 'blocked', 'triton'. Did you mean 'sdpa'?",
     ),
     "backend with order 1": (
         {"backend": "xyz", "order": 1},
-        "Unknown backend 'xyz': known are 'auto', 'sdpa', 'reference', 'blocked'.",
+        "Unknown backend 'xyz': known are 'auto', 'sdpa', 'reference', 'blocked', 'triton'.",
     ),
     "misspelt option": ({"gian": 0.5}, "unexpected keyword argument 'gian'"),
 }

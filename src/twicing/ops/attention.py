@@ -5,12 +5,14 @@ arXiv 2503.00687, Definition 2 and equations 18-19.
 
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from twicing.names import listed
-from twicing.ops import blocked, reference, sdpa
+from twicing.ops import blocked, reference, sdpa, triton
 from twicing.ops.call import Call, check_gain_is_used, checked_call
+from twicing.ops.flop_counts import register_where_counted
 
 
 class Backend(Protocol):
@@ -25,9 +27,10 @@ class Backend(Protocol):
         """The result, [..., H, N, Dv], in the query's dtype."""
 
 
-# The rule of "auto": the first that does not refuse. A new backend is one file and one line here. `blocked` stands
-# behind `reference`, which refuses nothing, and so is taken by name only, until a record says where it is faster.
-BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "reference": reference, "blocked": blocked}
+# The rule of "auto": the first that does not refuse. A new backend is one file and one line here. `blocked` and
+# `triton` stand behind `reference`, which refuses nothing, and so are taken by name only, until a record says where
+# they are faster.
+BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "reference": reference, "blocked": blocked, "triton": triton}
 
 
 def twicing_attention(
@@ -57,9 +60,9 @@ def twicing_attention(
         1 is the SDPA call itself, bit for bit.
     gain: g, a finite number, or a tensor of one element or [H], H the query heads, with a gradient. 1 is the paper's,
         0 is standard attention; in [0, 1] every eigenvalue of A that lies in [0, 1] stays there.
-    backend: how, never what: "sdpa", "reference", "blocked" (CPU, order 2), or "auto", which takes "sdpa" where it
-        serves the call and else "reference" (see explain_backend()). One that is asked for by name and cannot serve
-        the call raises.
+    backend: how, never what: "sdpa", "reference", "blocked" (CPU, order 2), "triton" (GPU, orders 1 and 2), or "auto",
+        which takes "sdpa" where it serves the call and else "reference" (see explain_backend()). One that is asked for
+        by name and cannot serve the call raises.
     Returns U, [..., H, N, Dv], in the query's dtype (autocast's under autocast); half precision accumulates in fp32.
     Raises ValueError or TypeError, saying what was expected and what came.
     Source: arXiv 2503.00687, Definition 2 and Algorithm 1.
@@ -70,6 +73,8 @@ def twicing_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     call = checked_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, order, gain)
+    if not torch.compiler.is_compiling():
+        register_where_counted()
     return BACKENDS[_chosen(backend, call)].run(call)
 
 

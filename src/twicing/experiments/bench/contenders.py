@@ -23,6 +23,8 @@ Attend = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 SDPA = "SDPA"
 # Their order 1 is SDPA itself, and the dense form without its correction.
 _ORDER_1_IS_NOT_OURS = ("sdpa", "reference")
+# What works on one kind of device only is no contender on another.
+_DEVICE_OF = {"blocked": "cpu", "triton": "cuda"}
 _GPU_KERNELS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -62,6 +64,8 @@ def all_contenders(device: torch.device) -> dict[str, Contender]:
         Contender("dense, compiled", 2, _compiled_dense, compiles=True),
     ]
     for backend in BACKENDS:
+        if _DEVICE_OF.get(backend, device.type) != device.type:
+            continue
         if backend not in _ORDER_1_IS_NOT_OURS and _has_order_1(backend, device):
             listing.append(_ours(backend, order=1))
         listing.append(_ours(backend, order=2))
