@@ -1,5 +1,6 @@
 """Two models of the real digits: a linear one, whose worst case is known exactly, and a small network; and foolbox."""
 
+import copy
 import warnings
 
 import pytest
@@ -49,9 +50,15 @@ def linear_model():
     return model
 
 
+@pytest.fixture
+def network(trained_network):
+    """A smooth network in float64, so that rounding does not decide a sign; a test's own, as some write gradients."""
+    return copy.deepcopy(trained_network)
+
+
 @pytest.fixture(scope="session")
-def network():
-    """A smooth network in float64, so that rounding does not decide a sign."""
+def trained_network():
+    """The network that every test gets a copy of."""
     images, labels = load_digits()
     x, y = images[200:].double(), labels[200:]
     with torch.random.fork_rng():

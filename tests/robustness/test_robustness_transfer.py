@@ -11,9 +11,9 @@ THREAT = Threat("1/8")
 
 
 @pytest.fixture(scope="module")
-def made(network, digits):
+def made(trained_network, digits):
     """Images made against the network."""
-    return pgd(network, *digits, THREAT, generator=torch.Generator().manual_seed(0))
+    return pgd(trained_network, *digits, THREAT, generator=torch.Generator().manual_seed(0))
 
 
 def test_the_model_they_were_made_against_is_fooled_as_before(made, network, digits):
