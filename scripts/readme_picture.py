@@ -18,7 +18,7 @@ COLUMNS, WIDTH, HEIGHTS, GAP, KEY = 3, 280, (130, 200), 12, 30
 def main(folder: Path) -> None:
     """Write the picture of the comparison in the folder."""
     run = read_run(folder)
-    styles = arm_styles([arm.label for arm in run.arms])
+    styles = arm_styles([arm.label for arm in run.arms], [arm.label for arm in run.arms if arm.control])
     rows = figures.differences(primary_rows(run), styles)
     by_layer = figures.by_layer(run.records, styles)
     strength = figures.accuracy_against_strength(run.records, styles)

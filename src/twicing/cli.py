@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
 
 from twicing.experiments.bench.options import DecodeOptions, ModelOptions, OpsOptions
 from twicing.experiments.evaluate.options import Evaluate
+from twicing.experiments.theory.options import TheoryOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -135,6 +136,7 @@ Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[TheoryOptions, tyro.conf.subcommand("theory")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Env, tyro.conf.subcommand("env")]
 )
@@ -167,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ) from None
 
 
-def _run(command: Compare | Train | Evaluate | Bench | Env, typed: str) -> None:
+def _run(command: Compare | Train | Evaluate | TheoryOptions | Bench | Env, typed: str) -> None:
     # Imported here, so that --help and a misspelt option answer at once.
     from rich.console import Console
 
@@ -178,14 +180,20 @@ def _run(command: Compare | Train | Evaluate | Bench | Env, typed: str) -> None:
     if isinstance(command, Bench):
         _bench(command.what, console)
         return
+    if isinstance(command, TheoryOptions):
+        from twicing.experiments.theory.run import run
+
+        if not run(command, console):
+            raise SystemExit(1)
+        return
+    # A mechanism by import path may be a file in the current folder, which a console script does not look into.
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     if isinstance(command, Evaluate):
         _evaluate(command, console, typed)
         return
     from twicing.experiments.processes import JobFailedError
 
-    # A mechanism by import path may be a file in the current folder, which a console script does not look into.
-    if "" not in sys.path:
-        sys.path.insert(0, "")
     try:
         _compare(command, console, typed) if isinstance(command, Compare) else _train(command, console, typed)
     except JobFailedError as error:

@@ -23,6 +23,7 @@ from twicing.experiments.results import environment, read_json, read_predictions
 from twicing.robustness.attacks import fgsm
 from twicing.robustness.masking import masking_verdict
 from twicing.robustness.noise import gaussian_noise
+from twicing.robustness.paper_compat import paper_compat
 from twicing.robustness.spsa import spsa
 from twicing.robustness.sweep import pgd_sweep
 from twicing.robustness.threat import Threat
@@ -49,7 +50,7 @@ ARMS = (
     Arm("standard (other seeds)", "standard", "all", "", control=True, seed_offset=100_000),
 )
 PLAN = Plan(RECIPE, ARMS, (0, 1))
-ATTACKS = ("clean", "noise", "fgsm", "pgd", "spsa", "verdict")
+ATTACKS = ("clean", "noise", "fgsm", "pgd", "spsa", "paper_compat", "verdict")
 QUICK = Evaluate(
     "",
     attacks=ATTACKS,
@@ -155,7 +156,12 @@ def test_every_number_is_that_of_the_trained_model(run_folder, evaluated, label,
     ).correct
     of_fgsm = fgsm(model, images, labels, Threat("1/64")).correct
     sweep = pgd_sweep(model, images, labels, ["1/64", "1/16"], steps=2, generator=generator(bench_module.PGD_STREAM))
+    of_papers = paper_compat(
+        model.network, images, labels, mean=RECIPE.mean, std=RECIPE.std, eps="6/255",
+        generator=generator(bench_module.COMPAT_STREAM),
+    )  # fmt: skip
     expected = {
+        "pgd, paper_compat (unverified) eps=6/255 normalised": of_papers.correct,
         "clean": right,
         "noise sd=1/8": under_noise,
         "fgsm eps=1/64": of_fgsm,
@@ -357,6 +363,9 @@ def test_the_page_is_whole_and_made_of_the_files_alone(evaluated, tmp_path):
     (table,) = section.tables
     words = [line.what for line in table.lines]
     assert words[:4] == ["as they are", "Gaussian noise sd 1/8", "FGSM eps 1/64", "FGSM eps 1/16"]
+    compat = words.index("PGD as papers run it (unverified) eps 1/255 normalised")
+    assert words[compat + 5] == "PGD as papers run it (unverified) eps 6/255 normalised"
+    assert section.pictures[0].name == "paper-compat"
     assert words.index("SPSA eps 1/64") < words.index("SPSA eps 1/16")
     clean = table.lines[0]
     assert clean.n == "300 to 299" or clean.n == "299 to 300" or clean.n == "300"

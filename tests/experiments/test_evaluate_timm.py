@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 from twicing.adapters.surgery import convert, spec
+from twicing.data.decode import to_tensor
 from twicing.data.shifted import IMAGENET_C, IMAGENET_C_EXTRA
 from twicing.experiments.evaluate import bench, pretrained, tasks
 from twicing.experiments.evaluate.options import Evaluate
@@ -29,7 +30,7 @@ from twicing.training.choice import balanced_order
 from twicing.training.streams import stream_seed
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
-from made_folders import make_class_folders
+from made_folders import make_class_folders, picture
 
 NAME = "vit_tiny_patch16_224"
 SMALL = ("embed_dim=16", "num_heads=2", "depth=2")
@@ -45,7 +46,13 @@ def network(seed=1, **changes):
 
     torch.manual_seed(seed)
     arguments = {"embed_dim": 16, "num_heads": 2, "depth": 2, "img_size": 32, "patch_size": 8, "num_classes": 3}
-    return timm.create_model(NAME, **(arguments | changes)).eval()
+    model = timm.create_model(NAME, **(arguments | changes)).eval()
+    # Random weights answer the same to everything; without what they always say, the pictures decide.
+    side = image_size(model)
+    with torch.no_grad():
+        seen = torch.stack([to_tensor(picture((side, side), seed=place)) for place in range(24)])
+        model.head.bias -= model((seen - MEAN) / STD).mean(0)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -118,15 +125,19 @@ def test_the_other_transform_resizes_to_another_size(options, checkpoint, pictur
 
 def test_the_generated_corruptions_are_those_of_the_chosen_images(options, checkpoint, pictures):
     records = run_evaluation(dataclasses.replace(options, checkpoint=checkpoint, corruptions=("generated",)))
-    images, _, labels = by_hand(pictures, network())
+    images, logits, labels = by_hand(pictures, network())
+    assert len(logits.argmax(1).unique()) == 3
     chosen = balanced_order(labels)[:9].sort().values
-    values = []
+    answers = read_predictions(options.out / "predictions.npz")[NAME, 0].correct
+    model, values = network(), []
     for kind in CORRUPTIONS:
         for severity in (1, 2, 3, 4, 5):
             generator = torch.Generator().manual_seed(stream_seed(0, 35, 0))
             corrupted = corrupt(images[chosen], kind, severity, indices=chosen.tolist(), generator=generator)
             with torch.no_grad():
-                values.append(share(network()((corrupted - MEAN) / STD).argmax(1) == labels[chosen]))
+                right = model((corrupted - MEAN) / STD).argmax(1) == labels[chosen]
+            values.append(share(right))
+            assert answers[f"corruption kind={kind} severity={severity}"].tolist() == right.tolist()
             conditions = {"threat": "corruption", "kind": kind, "severity": severity}
             (record,) = select(records, metric=ACCURACY, conditions=conditions)
             assert record.value == pytest.approx(values[-1])
@@ -287,7 +298,6 @@ def imagenet(monkeypatch, pictures, tmp_path):
         monkeypatch.setattr(module, "IMAGENET_CLASSES", 5)
     clean = make_class_folders(tmp_path / "val", SYNSETS, per_class=2, size=(256, 256), seed=1)
     model = network(img_size=224, patch_size=56, num_classes=5)
-    # Biased by nothing but the pictures, and unsure enough that all classes are given.
     torch.save(model.state_dict(), tmp_path / "imagenet.pth")
     return model, Evaluate(
         NAME,
@@ -364,14 +374,23 @@ def test_imagenet_a_is_judged_among_its_own_classes_and_v2_among_all(imagenet, t
     a = make_class_folders(tmp_path / "a", some, per_class=3, size=(256, 256), seed=8)
     v2 = make_class_folders(tmp_path / "v2", [str(place) for place in range(5)], per_class=2, size=(256, 256), seed=9)
     sketch = make_class_folders(tmp_path / "sketch", SYNSETS, per_class=2, size=(256, 256), seed=10)
+    # A class that A does not have wins most of its images.
+    logits = by_hand(a, model, resize=None, crop=224, classes=some)[1]
+    with torch.no_grad():
+        model.head.bias[0] += (logits[:, 1:].amax(1) - logits[:, 0]).quantile(0.8)
+    torch.save(model.state_dict(), options.checkpoint)
     records = run_evaluation(
         dataclasses.replace(options, imagenet_a=a, imagenet_r=a, imagenet_v2=v2, sketch=sketch, attacks=("clean",))
     )
     values = {record.conditions["threat"]: record.value for record in records}
     _, logits, labels = by_hand(a, model, resize=None, crop=224, classes=some)
+    assert len(logits.argmax(1).unique()) > 2
     cut = logits[:, [1, 2, 4]]
     assert values["ImageNet-A"] == values["ImageNet-R"] == pytest.approx(share(cut.argmax(1) == labels))
-    assert values["ImageNet-A"] != pytest.approx(share(logits.argmax(1) == torch.tensor([1, 2, 4])[labels]))
+    answers = read_predictions(options.out / "predictions-imagenet-a.npz")[NAME, 0].correct["ImageNet-A"].tolist()
+    assert answers == (cut.argmax(1) == labels).tolist()
+    assert answers != (logits.argmax(1) == torch.tensor([1, 2, 4])[labels]).tolist()
+    assert answers != (logits.argmax(1) == labels).tolist()
     for name, root, classes in (("ImageNet-V2", v2, "01234"), ("ImageNet-Sketch", sketch, SYNSETS)):
         _, logits, labels = by_hand(root, model, resize=None, crop=224, classes=classes)
         assert values[name] == pytest.approx(share(logits.argmax(1) == labels))
@@ -407,7 +426,7 @@ def test_the_image_size_is_the_models_own():
     assert image_size(network()) == 32
     assert image_size(network(img_size=48)) == 48
     with pytest.raises(ValueError, match="images of 32 x 64 pixels: expected square ones"):
-        image_size(network(img_size=(32, 64)))
+        network(img_size=(32, 64))
 
 
 @pytest.mark.parametrize(
@@ -504,6 +523,17 @@ def test_a_broken_picture_is_named_and_what_was_finished_is_kept(options, checkp
     broken.write_bytes(b"no picture")
     with pytest.raises(ValueError, match=f"{broken.name} cannot be read as an image"):
         run_evaluation(dataclasses.replace(options, checkpoint=checkpoint, data_dir=tmp_path / "copy"))
+
+
+def test_accuracy_on_all_images_goes_with_any_choice_of_images_but_choices_are_not_mixed(options, checkpoint):
+    given = dataclasses.replace(options, checkpoint=checkpoint, images=5)
+    run_evaluation(given)
+    run_evaluation(dataclasses.replace(given, attacks=("noise",), noise=("1/4",), images=9))
+    found = read_predictions(options.out / "predictions.npz")[NAME, 0]
+    assert (len(found.correct["clean"]), len(found.correct["noise sd=1/4"]), len(found.probes)) == (21, 9, 9)
+    with pytest.raises(ValueError, match=r"noise\.json was made with --images 9: give the same here, or another --out"):
+        run_evaluation(dataclasses.replace(given, attacks=("fgsm",)))
+    assert not list(options.out.glob("*/fgsm.json"))
 
 
 def test_other_weights_are_another_evaluation(options, checkpoint):

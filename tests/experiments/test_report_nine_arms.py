@@ -88,6 +88,8 @@ def test_more_arms_than_colours_still_differ():
     styles = arm_styles(many, many[9:])
     assert len({(one.color, one.marker, one.line) for one in styles.values()}) == len(many)
     assert len({(one.color, one.marker) for one in styles.values() if not one.control}) == 9
+    # The same colour again: its line is another one too.
+    assert [styles[label].line == "solid" for label in many[:9]] == [True] * 6 + [False] * 3
 
 
 def test_every_colour_is_a_variable_of_the_page_in_both_themes(page):

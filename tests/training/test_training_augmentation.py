@@ -237,7 +237,9 @@ def test_mixing_gives_shares_of_two_images_and_of_their_classes(settings):
         again, _ = mixing(images.clone(), labels, step)
         assert torch.equal(again, mixed)
     assert kinds == set(settings)
-    assert not torch.equal(Mixing(Augmentation(**settings), 4, seed=1)(images.clone(), labels, 0)[0], mixed)
+    others = [Mixing(Augmentation(**settings, smoothing=0.1), 4, seed=1)(images.clone(), labels, 11)[1]]
+    others += [mixing(images.clone(), labels, step)[1] for step in range(11)]
+    assert not any(torch.equal(other, targets) for other in others), "the same share for another seed or step"
 
 
 def test_two_slices_mix_as_the_whole_batch_does():

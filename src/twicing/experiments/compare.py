@@ -57,7 +57,7 @@ def compare(
     recipe = with_classes(recipe, resources.data_dir if resources else None)
     arms = arms_under_test(mechanisms, layers)
     if controls:
-        arms += controls_of(recipe, arms, _equal_time(recipe, arms, folder, console))
+        arms += controls_of(recipe, arms, _equal_time(recipe, arms, folder, console, resources or Resources()))
     refuse_nothing_to_compare(arms)
     plan = Plan(recipe, tuple(arms), tuple(range(seeds)))
     run_plan(plan, folder, side_by_side=side_by_side, command=command, console=console, resources=resources)
@@ -66,7 +66,7 @@ def compare(
     return report
 
 
-def _equal_time(recipe: Recipe, arms: Sequence[Arm], folder: Path, console: Console) -> float:
+def _equal_time(recipe: Recipe, arms: Sequence[Arm], folder: Path, console: Console, resources: Resources) -> float:
     """The step time of the controlled arm against standard's: measured, or as the folder's comparison measured it."""
     config = folder / CONFIG
     found = read_json(config) if config.exists() else None
@@ -75,7 +75,7 @@ def _equal_time(recipe: Recipe, arms: Sequence[Arm], folder: Path, console: Cons
         return known
     arm = controlled_arm(arms, recipe.depth)
     with console.status(f"Timing steps of {arm.label} against standard ..."):
-        return step_time_ratio(recipe, arm)
+        return step_time_ratio(recipe, arm, device=resources.device)
 
 
 def train(

@@ -183,20 +183,27 @@ class Workbench:
         part = Part()
         self._ready()
         evaluation = self.job.recipe.evaluation
-        settings = {"steps": evaluation.pgd_steps, "restarts": evaluation.pgd_restarts}
+        steps, restarts = evaluation.pgd_steps, evaluation.pgd_restarts
         sweep = pgd_sweep(
             self.model,
             self.images,
             self.labels,
             evaluation.eps,
-            **settings,
+            steps=steps,
+            restarts=restarts,
             generator=self._generator(ATTACK_STREAM, 0),
         )
         for eps, correct in zip(evaluation.eps, sweep.correct, strict=True):
             part.add_accuracy({"threat": "pgd", "eps": eps}, correct)
         if evaluation.eps50:
             median = eps50(
-                self.model, self.images, self.labels, sweep, **settings, generator=self._generator(ATTACK_STREAM, 1)
+                self.model,
+                self.images,
+                self.labels,
+                sweep,
+                steps=steps,
+                restarts=restarts,
+                generator=self._generator(ATTACK_STREAM, 1),
             )
             if median.value is not None:
                 part.findings.append(Finding(EPS50, median.value, median.n, {"threat": "pgd"}))

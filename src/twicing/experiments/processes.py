@@ -76,7 +76,8 @@ def _context() -> BaseContext:
 
 def _start(context: Any, job: Job, environment: Environment, last: bool) -> _Running:
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(job, environment, there, last), name=job.name, daemon=True)
+    # No daemon: it may have children of its own, which read images. run_all() ends it, and it ends with its parent.
+    process = context.Process(target=_work, args=(job, environment, there, last), name=job.name)
     process.start()
     # The child holds the only writing end, so that its death is the end of the messages.
     there.close()

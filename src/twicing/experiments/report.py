@@ -12,6 +12,7 @@ from twicing.experiments import corruption_bars, figures, training_figures
 from twicing.experiments.attack_tables import stronger_attacks, transfer_matrices
 from twicing.experiments.costs import costs
 from twicing.experiments.drawing import arm_styles
+from twicing.experiments.evaluate.section import EvaluationSection, evaluation_section
 from twicing.experiments.findings import (
     ACCURACY,
     NOISE_FLOOR,
@@ -42,14 +43,19 @@ PAPERS = (
 )
 
 
+# Below a run folder: what `twicing evaluate` found of its models.
+EVALUATION = "evaluation"
+REPORT = "report.html"
+
+
 def write_report(run_folder: Path) -> Path:
     """Write report.html into a run folder that has config.json and results.jsonl; the same files give the same bytes.
 
     Parts that have no records are left out. Returns the path of the report.
     Raises FileNotFoundError where the two files are not there, ValueError where they do not fit together.
     """
-    page = _page(read_run(run_folder))
-    path = run_folder / "report.html"
+    page = _page(read_run(run_folder), evaluation_section(run_folder / EVALUATION))
+    path = run_folder / REPORT
     replace_file(path, lambda file: file.write(page.encode()))
     return path
 
@@ -79,7 +85,7 @@ def _in_words(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _page(run: Run) -> str:
+def _page(run: Run, section: EvaluationSection | None) -> str:
     environment = Environment(
         loader=PackageLoader("twicing.experiments"),
         autoescape=True,
@@ -115,6 +121,7 @@ def _page(run: Run) -> str:
         compat=figures.paper_compat(run.records, styles, config.get("recipe", {}).get("std", ())),
         corruptions=corruption_bars.bars(run.records, styles),
         corruption_table=corruption_bars.table(run),
+        section=section,
         training=training_figures.training(run.records, styles),
         seconds=training_figures.against_seconds(run.records, styles),
         costs=costs(run),

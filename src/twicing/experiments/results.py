@@ -186,7 +186,7 @@ def threat_key(conditions: Conditions) -> str:
 
 
 def write_predictions(path: Path, predictions: Iterable[Correctness]) -> None:
-    """Write predictions.npz with keys "<arm>|seed<k>|index", "...|probes" where there are any, and "...|<threat key>"."""
+    """Write predictions.npz: "<arm>|seed<k>|index", "...|probes" where there are any, and "...|<threat key>"."""
     arrays: dict[str, NDArray[Any]] = {}
     for one in predictions:
         named = {"index": np.asarray(one.index, dtype=np.int64)}

@@ -23,6 +23,7 @@ from twicing.robustness.corruptions import SEVERITIES, corrupt
 from twicing.robustness.eps50 import eps50
 from twicing.robustness.masking import masking_verdict
 from twicing.robustness.noise import gaussian_noise
+from twicing.robustness.paper_compat import paper_compat
 from twicing.robustness.spsa import spsa
 from twicing.robustness.sweep import pgd_sweep
 from twicing.robustness.threat import Threat
@@ -31,7 +32,7 @@ from twicing.training.streams import stream_seed
 
 # Streams of random numbers of an evaluation, next to those of training and comparison (see training.streams).
 NOISE_STREAM, PGD_STREAM, EPS50_STREAM, SPSA_STREAM, AUTO_STREAM, CORRUPTION_STREAM = range(30, 36)
-TRANSFER_STREAM, VERDICT_STREAM = 36, 37
+TRANSFER_STREAM, VERDICT_STREAM, COMPAT_STREAM = 36, 37, 38
 
 # What the results call the released files, so that nobody takes the generated corruptions for them.
 IMAGENET_C = "ImageNet-C"
@@ -178,6 +179,28 @@ def autoattack_at(bench: Bench, eps: str) -> Part:
     bench.notes += result.notes
     part = Part()
     part.add_accuracy({"threat": "autoattack", "eps": eps}, result.correct)
+    return part
+
+
+def as_papers_do(bench: Bench, eps: Sequence[str]) -> Part:
+    """Accuracy under PGD as papers of this line seem to run it, in normalised units; labelled as unverified."""
+    part = Part()
+    model = bench.model
+    for size in eps:
+        result = paper_compat(
+            model.get_submodule("network"),
+            bench.images,
+            bench.labels,
+            mean=model.get_buffer("mean").flatten().tolist(),
+            std=model.get_buffer("std").flatten().tolist(),
+            eps=size,
+            batch_size=bench.options.batch_size,
+            generator=bench.generator(COMPAT_STREAM),
+        )
+        conditions = {"threat": result.threat_label, "eps": result.eps_label}
+        part.add_accuracy(conditions, result.correct)
+        if result.accuracy_top5 is not None and bench.subject.classes > MANY_CLASSES:
+            part.findings.append(Finding(TOP5, result.accuracy_top5, len(result.correct), conditions))
     return part
 
 

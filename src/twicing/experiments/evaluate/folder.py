@@ -65,6 +65,7 @@ def open_evaluation(
         "seed": options.seed,
         "transform": options.transform,
         "model_args": list(options.model_args),
+        "std": list(subjects[0].protocol.std),
     }
     named = {subject.name: subject.as_json() for subject in subjects}
     commands: list[str] = []
@@ -121,6 +122,16 @@ def is_finished(task: Task, folder: Path) -> bool:
     return True
 
 
+def refuse_other_images(folder: Path, images: int) -> None:
+    """Raise ValueError where a part is there that was made on another number of chosen images than these."""
+    for path in sorted(folder.glob("*/*.json")):
+        part = _read_part(path)
+        if part["probes"] is not None and part["settings"]["images"] != images:
+            raise ValueError(
+                f"{path} was made with --images {part['settings']['images']}: give the same here, or another --out."
+            )
+
+
 def write_part(task: Task, part: Part, bench: Bench, folder: Path, environment: Environment, seconds: float) -> None:
     """Keep a finished part."""
     subject = task.subject
@@ -152,7 +163,8 @@ def write_part(task: Task, part: Part, bench: Bench, folder: Path, environment: 
             "images": task.images,
             "index": _unless_counting(bench.held_out.index) if held_out else None,
             "of": len(bench.held_out.index) if held_out else None,
-            "probes": bench.probes.tolist() if held_out else None,
+            # Of what is done to the chosen images alone; accuracy on all of them does not depend on the choice.
+            "probes": bench.probes.tolist() if held_out and part.correct and "images" in task.settings else None,
             "records": [asdict(record) for record in records],
             # One digit an image: of ImageNet there are millions.
             "correct": {key: "".join(str(int(one)) for one in right) for key, right in part.correct.items()},
@@ -211,13 +223,16 @@ def _correctness(subject: dict[str, Any], parts: Sequence[dict[str, Any]], name:
     for part in parts:
         correct |= {key: np.array([digit == "1" for digit in text]) for key, text in part["correct"].items()}
     first = parts[0]
-    if any(part[key] != first[key] for part in parts for key in ("index", "of", "probes")):
+    chosen = [part["probes"] for part in parts if part["probes"] is not None]
+    if any(part[key] != first[key] for part in parts for key in ("index", "of")) or any(
+        one != chosen[0] for one in chosen
+    ):
         raise ValueError(
             f"the parts of {name} are on different images, as --images or the data have changed: use another --out."
         )
     n = first["of"] or len(next(iter(correct.values())))
     index = np.arange(n) if first["index"] is None else np.array(first["index"], dtype=np.int64)
-    probes = None if first["probes"] is None else np.array(first["probes"], dtype=np.int64)
+    probes = np.array(chosen[0], dtype=np.int64) if chosen else None
     return Correctness(subject["label"], subject["seed"], index, correct, probes)
 
 

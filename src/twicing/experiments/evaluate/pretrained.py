@@ -57,7 +57,7 @@ def timm_subject(options: Evaluate) -> Subject:
         classes=int(model.network.num_classes),  # type: ignore[arg-type]
         image_size=image_size(model.network),
         names_classes=False,
-        protocol=Protocol(f"evaluate {options.model}", EPS, NOISE, VERDICT_EPS),
+        protocol=Protocol(f"evaluate {options.model}", tuple(model.std.flatten().tolist()), EPS, NOISE, VERDICT_EPS),
         build=lambda: model,
         held_out=lambda: _held_out(options, model),
     )

@@ -9,16 +9,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from twicing.experiments.evaluate.bench import Bench
-from twicing.experiments.evaluate.folder import ABOUT, alone_in, collect, is_finished, open_evaluation, write_part
+from twicing.experiments.evaluate.folder import (
+    ABOUT,
+    alone_in,
+    collect,
+    is_finished,
+    open_evaluation,
+    refuse_other_images,
+    write_part,
+)
 from twicing.experiments.evaluate.options import Evaluate
 from twicing.experiments.evaluate.page import print_results, write_page
 from twicing.experiments.evaluate.pretrained import timm_subject
 from twicing.experiments.evaluate.subjects import Subject, trained_subjects
 from twicing.experiments.evaluate.tasks import HELD_OUT, Task, tasks_of
 from twicing.experiments.plan import CONFIG
+from twicing.experiments.report import EVALUATION, REPORT, write_report
 from twicing.experiments.results import BASELINE, Environment, environment
-
-EVALUATION = "evaluation"
 
 
 def evaluate(options: Evaluate, console: Console, command: str) -> Path:
@@ -38,6 +45,8 @@ def evaluate(options: Evaluate, console: Console, command: str) -> Path:
     with alone_in(folder):
         open_evaluation(folder, options, subjects, where, command)
         unfinished = [task for task in tasks if not is_finished(task, folder)]
+        if unfinished:
+            refuse_other_images(folder, options.images)
         finished = f"; {len(tasks) - len(unfinished)} finished already" if len(unfinished) < len(tasks) else ""
         models = "1 model" if len(subjects) == 1 else f"{len(subjects)} models"
         _tell(console, f"{options.model}: {models}, {len(tasks)} parts{finished}.")
@@ -48,6 +57,9 @@ def evaluate(options: Evaluate, console: Console, command: str) -> Path:
                     _do(subject, own, options, folder, where, device, display)
         collect(folder)
         page = write_page(folder)
+    if folder.name == EVALUATION and (folder.parent / REPORT).exists():
+        # The comparison's report has a section for it.
+        write_report(folder.parent)
     print_results(folder, console)
     _tell(console, f"Page: {page}")
     return page

@@ -13,9 +13,11 @@ from twicing.experiments.attack_tables import Cell
 from twicing.experiments.curves import Picture, Styles
 from twicing.experiments.drawing import Panel, arm_styles, drawing_settings
 from twicing.experiments.evaluate.folder import ABOUT, CORRUPTION_ERROR, EXTRA_ERROR, MCE, RESULTS
-from twicing.experiments.figures import FLOOR
+from twicing.experiments.figures import FLOOR, paper_compat
 from twicing.experiments.findings import ACCURACY, CORRUPTED, EPS50, TOP5, mean_and_sd
 from twicing.experiments.results import Record, read_json, read_records, select, value_by_seed
+from twicing.robustness.corruptions import CORRUPTIONS
+from twicing.robustness.paper_compat import PaperCompat
 from twicing.robustness.threat import as_fraction
 
 GROUPS = {
@@ -37,6 +39,7 @@ NAMES = {
     "spsa": "SPSA",
     "autoattack": "AutoAttack",
     "transfer": "transfer",
+    PaperCompat.threat_label: "PGD as papers run it (unverified)",
 }
 # How lines of attacks begin.
 FLOORED = ("FGSM", "PGD", "SPSA", "AutoAttack")
@@ -88,7 +91,11 @@ def evaluation_section(folder: Path) -> EvaluationSection | None:
     arms = tuple(dict.fromkeys(one["label"] for one in subjects))
     styles = arm_styles(arms, {one["label"] for one in subjects if one["control"]})
     tables = (_held_out(records, arms), _shifted(records, arms), _released(records, arms), _generated(records, arms))
-    pictures = (_released_bars(records, styles), _generated_bars(records, styles))
+    pictures = (
+        paper_compat(records, styles, about["std"]),
+        _released_bars(records, styles),
+        _generated_bars(records, styles),
+    )
     attacks = {"fgsm", "pgd", "spsa", "autoattack"}
     return EvaluationSection(
         about,
@@ -147,7 +154,7 @@ def _generated(records: Sequence[Record], arms: Sequence[str]) -> Table:
     n = _count(select(records, metric=ACCURACY, conditions={"threat": "corruption"}))
     lines = [
         Line(kind.replace("_", " "), n, tuple(_cell(by_arm.get(arm, {})) for arm in arms))
-        for kind, by_arm in means.items()
+        for kind, by_arm in sorted(means.items(), key=lambda one: list(CORRUPTIONS).index(one[0]))
     ]
     found = select(records, metric=CORRUPTED)
     lines += _lines(found, arms, lambda _: "mean of all", lambda _: 0)
@@ -165,7 +172,7 @@ def _lines(
         # The headline comes after the sizes that it lies between.
         last = "1" if record.metric == EPS50 else "0"
         size = record.conditions.get("eps", record.conditions.get("sd", last))
-        return order(record.conditions), as_fraction(size)
+        return order(record.conditions), as_fraction(str(size).removesuffix(" normalised"))
 
     grouped: dict[tuple[str, str], list[Record]] = {}
     for record in sorted(records, key=place):

@@ -37,9 +37,13 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Protocol:
-    """How strong the disturbances are where the command does not say. recipe: its name in the results."""
+    """How strong the disturbances are where the command does not say. recipe: its name in the results.
+
+    std: of the model's normalisation, by channel.
+    """
 
     recipe: str
+    std: tuple[float, ...]
     eps: tuple[str, ...]
     noise: tuple[str, ...]
     verdict_eps: str
@@ -129,7 +133,7 @@ def _subject(job: Job) -> Subject:
         image_size=job.recipe.image_size,
         names_classes=True,
         weights=f"{CHECKPOINT} {fingerprint(job.folder / CHECKPOINT)}",
-        protocol=Protocol(job.recipe.name, evaluation.eps, evaluation.noise, evaluation.verdict_eps),
+        protocol=Protocol(job.recipe.name, job.recipe.std, evaluation.eps, evaluation.noise, evaluation.verdict_eps),
         build=build,
         held_out=held_out,
     )

@@ -22,6 +22,8 @@ from twicing.robustness.threat import Threat, as_fraction
 GENERATE_ALL = "generated"
 HELD_OUT = "held-out"
 ADVERSARIAL = "adversarial"
+# The sizes that papers of this line plot, in normalised units.
+COMPAT_EPS = [f"{size}/255" for size in range(1, 7)]
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,9 @@ def _tasks(subject: Subject, options: Evaluate, sets: _Sets, folder: Path) -> li
             # One batch shares AutoAttack's random numbers.
             settings = probes | {"batch_size": options.batch_size}
             found += [task(_named("autoattack", size), settings, 1000 * n, on.autoattack_at, size) for size in eps]
+        elif attack == "paper_compat":
+            settings = probes | {"eps": COMPAT_EPS}
+            found.append(task("paper_compat", settings, 60 * n * len(COMPAT_EPS), on.as_papers_do, COMPAT_EPS))
     for kind in _corruptions(options):
         found.append(task(f"corruption-{kind}", probes, 5 * n, on.corruption, kind))
     found += _of_other_sets(subject, options.transform, sets)
