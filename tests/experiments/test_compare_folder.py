@@ -112,9 +112,10 @@ def test_predictions_agree_with_the_accuracies(finished):
     predictions = read_predictions(folder / "predictions.npz")
     checked = 0
     for record in read_records(folder / "results.jsonl"):
-        if record.conditions.get("threat") == "pgd":
+        if record.conditions.get("threat") == "pgd" and "eps" in record.conditions:
             one = predictions[record.arm, record.seed]
             assert np.mean(one.correct[f"pgd eps={record.conditions['eps']}"]) == pytest.approx(record.value)
+            assert len(one.positions(f"pgd eps={record.conditions['eps']}")) == record.n == 60
             checked += 1
     assert checked == 2 * 2 * 2
     indices = [tuple(predictions["standard", seed].index) for seed in (0, 1)]
@@ -236,7 +237,7 @@ def test_a_folder_of_another_comparison_is_refused(finished):
     assert "holds another comparison (recipe.epochs: 3 there, 2 here)" in done.stderr
     assert "Traceback" not in done.stderr
     more = run(command(folder, "--controls"))
-    assert "holds another comparison (arms: standard, twicing there, standard, twicing, smooth-more" in more.stderr
+    assert "holds another comparison (arms: standard, twicing there, standard, twicing, standard-equal-time" in more.stderr
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
