@@ -237,7 +237,7 @@ def test_a_folder_of_another_comparison_is_refused(finished):
     assert "holds another comparison (recipe.epochs: 3 there, 2 here)" in done.stderr
     assert "Traceback" not in done.stderr
     more = run(command(folder, "--controls"))
-    assert "holds another comparison (arms: standard, twicing there, standard, twicing, standard-equal-time" in more.stderr
+    assert "(arms: standard, twicing there, standard, twicing, standard-equal-time" in more.stderr
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
