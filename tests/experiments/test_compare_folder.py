@@ -286,12 +286,13 @@ def test_controls_run_to_the_end_and_are_told(tmp_path):
     arguments = [
         *(sys.executable, "-m", "twicing.cli", "compare", "digits", "--seeds", "1", "--out", str(folder), "--controls"),
         *("--mechanisms", "mine:Mine", "--set", "epochs=1", "depth=2", "width=16", "heads=2", "batch_size=128"),
-        *("evaluation.eps=1/16", "evaluation.pgd_steps=2"),
+        *("evaluation.eps=1/16", "evaluation.pgd_steps=2", "evaluation.probes=30", "evaluation.verdict_seeds=0"),
     ]
     done = run(arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     records = read_records(folder / "results.jsonl")
-    arms = ["standard", "mine:Mine", "smooth-more", "standard (other seeds)"]
+    controls = ["standard-equal-time", "standard-wide", "two-attentions", "smooth-more", "standard (other seeds)"]
+    arms = ["standard", "mine:Mine", *controls]
     assert {record.arm for record in records} == set(arms)
     indices = {tuple(one.index) for one in read_predictions(folder / "predictions.npz").values()}
     assert len(indices) == 1, "the arms of a seed have to be tested on the same images"
@@ -299,7 +300,7 @@ def test_controls_run_to_the_end_and_are_told(tmp_path):
     assert spec[0]["options"]["gain"] == -1
     first = [
         next(r.value for r in records if r.arm == arm and r.metric == "mean pairwise cosine")
-        for arm in (arms[0], arms[3])
+        for arm in (arms[0], arms[-1])
     ]
     assert first[0] != first[1], "other seeds have to mean other weights"
 
