@@ -29,9 +29,9 @@ def few(digits):
 
 
 @pytest.fixture(scope="module")
-def standard(network, few):
+def standard(trained_network, few):
     """The whole ensemble, once."""
-    return auto_attack(network, *few, Threat("1/8"), generator=seeded())
+    return auto_attack(copy.deepcopy(trained_network), *few, Threat("1/8"), generator=seeded())
 
 
 def test_the_ensemble_is_no_weaker_than_pgd(standard, network, few):
