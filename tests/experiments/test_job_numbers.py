@@ -30,6 +30,7 @@ from twicing.robustness.noise import gaussian_noise
 from twicing.robustness.sweep import pgd_sweep
 from twicing.robustness.threat import Threat
 from twicing.robustness.transfer import transfer
+from twicing.training.choice import balanced_order
 from twicing.training.classification import build_model, load_trained
 from twicing.training.recipe import digits
 from twicing.training.settings import apply_settings
@@ -228,7 +229,8 @@ def judged(tmp_path_factory):
 
 def test_images_made_on_one_arm_are_shown_to_the_other(judged):
     split = load_split(RECIPE, SEED)
-    images, labels = (tensor[:30] for tensor in probes(split))
+    chosen = balanced_order(split.test.labels)[:30]
+    images, labels = split.test.load(chosen.tolist()), split.test.labels[chosen]
     models = {}
     for label, job in judged.items():
         models[label] = converted_model(job, SEED)

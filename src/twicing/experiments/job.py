@@ -32,6 +32,7 @@ from twicing.robustness.sweep import pgd_sweep
 from twicing.robustness.threat import Threat
 from twicing.robustness.transfer import transfer
 from twicing.training.checkpoint import formula
+from twicing.training.choice import balanced_order
 from twicing.training.classification import build_model, load_trained, train_classifier
 from twicing.training.order import training_steps
 from twicing.training.split import Split, load_split, stream_seed
@@ -266,8 +267,9 @@ class Workbench:
         return part
 
     def _of_verdict(self) -> tuple[Tensor, Tensor]:
-        n = self.job.recipe.evaluation.verdict_images
-        return self.images[:n], self.labels[:n]
+        labels = self.split.test.labels
+        chosen = balanced_order(labels)[: self.job.recipe.evaluation.verdict_images]
+        return self.split.test.load(chosen.tolist()).to(self.device), labels[chosen].to(self.device)
 
     def _logits(self, split: Split) -> Tensor:
         self._ready()

@@ -26,11 +26,11 @@ class Evaluation:
     verdict_seeds: int = 1
     """So many of the seeds get a verdict on gradient masking, the first ones; 0 is none."""
     verdict_images: int = 100
-    """Probes that the verdict looks at, the first ones."""
+    """Probes that the verdict looks at, every class in its share."""
     verdict_eps: str = "1/16"
     """The size of the attacks that the verdict compares; best where about half of the images still withstand."""
     spsa_images: int = 50
-    """Images of the verdict that SPSA works on, the first ones: it costs 2 x iterations x samples forwards of each."""
+    """Images of the verdict that SPSA works on: it costs 2 x iterations x samples forwards of each."""
     spsa_iterations: int = 40
     """Steps of SPSA."""
     spsa_samples: int = 128

@@ -30,8 +30,8 @@ class Split:
     """Images to train on and images held out.
 
     test_index: which of the data's images those held out are, [n], so that arms and seeds can be paired.
-    probes: positions among those held out, [m], that attacks and corruptions work on. The same for every arm and seed
-    where the data have a held-out part of their own; any beginning of it holds the classes in their shares there.
+    probes: positions among those held out, [m], ascending, that attacks and corruptions work on: a choice with every
+    class in its share, the same for every arm and, where the data have a held-out part of their own, every seed.
     """
 
     train: Images
@@ -142,11 +142,8 @@ def _read(
 
 
 def _probes(recipe: Recipe, test: Images) -> Tensor:
-    wanted = recipe.evaluation.probes
-    if recipe.folds and not wanted:
-        return torch.arange(len(test))
     # Held-out parts may be sorted by class, and then their first images are all of one.
-    return balanced_order(test.labels)[: wanted or None]
+    return balanced_order(test.labels)[: recipe.evaluation.probes or None].sort().values
 
 
 def _first_of_each_class(labels: Tensor) -> list[int]:
