@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,3 +26,22 @@ def real_data():
     if not REAL_DATA.is_dir():
         pytest.skip(f"needs the real data sets, looked for in {REAL_DATA} (set TWICING_TEST_DATA to their folder)")
     return REAL_DATA
+
+
+@pytest.fixture
+def type_in(capfd):
+    """Give a command in this process, as in type_in("env"): a fresh process takes seconds to import torch."""
+
+    def call(*arguments):
+        from twicing.cli import main
+
+        try:
+            main(arguments)
+            code, message = 0, ""
+        except SystemExit as end:
+            # What Python does at exit: a message is an error of code 1.
+            code, message = (1, f"{end.code}\n") if isinstance(end.code, str) else (end.code or 0, "")
+        out, err = capfd.readouterr()
+        return SimpleNamespace(returncode=code, stdout=out, stderr=err + message)
+
+    return call

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from twicing.experiments import attacking
 from twicing.experiments.arms import Arm
 from twicing.experiments.evaluate import bench as bench_module
 from twicing.experiments.evaluate import tasks
@@ -17,9 +18,10 @@ from twicing.experiments.evaluate.options import Evaluate
 from twicing.experiments.evaluate.run import evaluate
 from twicing.experiments.evaluate.section import evaluation_section
 from twicing.experiments.evaluate.subjects import trained_subjects
-from twicing.experiments.job import converted_model, part_file
+from twicing.experiments.job import part_file
 from twicing.experiments.plan import Plan, open_folder
 from twicing.experiments.results import environment, read_json, read_predictions, read_records, select, write_json
+from twicing.experiments.vision_job import converted_model
 from twicing.robustness.attacks import fgsm
 from twicing.robustness.masking import masking_verdict
 from twicing.robustness.noise import gaussian_noise
@@ -93,7 +95,7 @@ def evaluated(run_folder):
     with pytest.MonkeyPatch.context() as patch:
         # 100 steps with 5 restarts are tested where the verdict is; here they would cost more than all the rest.
         quick = functools.partial(masking_verdict, strong_steps=3, strong_restarts=1)
-        patch.setattr(bench_module, "masking_verdict", quick)
+        patch.setattr(attacking, "masking_verdict", quick)
         return run_evaluation(dataclasses.replace(QUICK, model=str(run_folder))).parent
 
 
@@ -223,7 +225,7 @@ def test_only_what_is_missing_is_done_again_and_comes_out_the_same(copied, monke
     (folder / "twicing-2-seed0" / "pgd.json").unlink()
     (folder / "results.jsonl").unlink()
     calls = []
-    monkeypatch.setattr(bench_module, "pgd_sweep", lambda *a, **k: calls.append(1) or pgd_sweep(*a, **k))
+    monkeypatch.setattr(attacking, "pgd_sweep", lambda *a, **k: calls.append(1) or pgd_sweep(*a, **k))
     monkeypatch.setattr(bench_module, "spsa", lambda *a, **k: pytest.fail("a finished part was done again"))
     run_evaluation(dataclasses.replace(QUICK, model=str(copied)))
     assert calls == [1]

@@ -10,18 +10,10 @@ from torch import nn
 
 from twicing.analysis.layer_similarity import layer_similarity
 from twicing.experiments.arms import Arm, arms_under_test, controls_of
-from twicing.experiments.job import (
-    ADVERSARIAL,
-    converted_model,
-    part_file,
-    parts_of,
-    read_job,
-    read_verdict,
-    run_job,
-    share_done,
-)
+from twicing.experiments.job import part_file, parts_of, read_job, read_verdict, run_job, share_done
 from twicing.experiments.plan import Job, Plan
 from twicing.experiments.results import environment, select
+from twicing.experiments.vision_job import ADVERSARIAL, converted_model
 from twicing.mechanisms.base import Mechanism
 from twicing.robustness.attacks import fgsm, pgd
 from twicing.robustness.eps50 import eps50

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from twicing.experiments.findings import ACCURACY, Run, mean_and_sd
+from twicing.experiments.findings import Run, mean_and_sd
 from twicing.experiments.masking_verdicts import verdict_on
+from twicing.experiments.metrics import ACCURACY
 from twicing.experiments.results import Record, select, value_by_seed
 from twicing.robustness.threat import as_fraction
 

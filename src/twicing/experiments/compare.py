@@ -49,7 +49,7 @@ def compare(
     """
     if seeds < 1:
         raise ValueError(f"--seeds must be 1 or larger: got {seeds}.")
-    if process_rank() or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             "a comparison starts its trainings itself, side by side on one machine: run it without torchrun, "
             "or train one model on several devices with `twicing train`."

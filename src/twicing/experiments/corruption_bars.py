@@ -7,7 +7,8 @@ import numpy as np
 from twicing.experiments.attack_tables import ArmTable, Cell
 from twicing.experiments.curves import Picture, Styles
 from twicing.experiments.drawing import Panel, drawing_settings
-from twicing.experiments.findings import ACCURACY, CORRUPTED, Run, mean_and_sd
+from twicing.experiments.findings import Run, mean_and_sd
+from twicing.experiments.metrics import ACCURACY, CORRUPTED
 from twicing.experiments.results import Record, select, value_by_seed
 
 # kind -> arm -> seed -> accuracy, mean over severities

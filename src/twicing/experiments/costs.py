@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from twicing.experiments.findings import STEP_TIME, ReportedArm, Run, mean_and_sd
+from twicing.experiments.findings import ReportedArm, Run, mean_and_sd
+from twicing.experiments.metrics import STEP_TIME
 from twicing.experiments.results import BASELINE, value_by_seed
 from twicing.experiments.statistics import paired_difference
 

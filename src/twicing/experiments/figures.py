@@ -8,7 +8,8 @@ import numpy as np
 
 from twicing.experiments.curves import Curves, Picture, Styles, curves_of, draw, means, seeds_in_words
 from twicing.experiments.drawing import INK, Panel, drawing_settings
-from twicing.experiments.findings import ACCURACY, EPS50, NOISE_FLOOR, PAPER_COMPAT, Row
+from twicing.experiments.findings import NOISE_FLOOR, PAPER_COMPAT, Row
+from twicing.experiments.metrics import ACCURACY, EPS50
 from twicing.experiments.results import Record, select
 from twicing.robustness.threat import as_fraction
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from twicing.experiments.masking_verdicts import Verdicts, doubt, read_verdicts
+from twicing.experiments.metrics import ACCURACY, CORRUPTED, EPS50, STEP_TIME, TOP5
 from twicing.experiments.results import (
     BASELINE,
     Conditions,
@@ -34,13 +35,6 @@ from twicing.experiments.statistics import (
 )
 
 NOISE_FLOOR = "standard (other seeds)"
-ACCURACY = "accuracy [share of images]"
-# The median over images of the smallest eps tried that fools the model; a model that withstands more has no value.
-EPS50 = "eps50 [share of pixel range]"
-ZERO_GRADIENTS = "share of zero gradients"
-STEP_TIME = "training time [s per step]"
-TOP5 = "top-5 accuracy [share of images]"
-CORRUPTED = "mean corruption accuracy [share of images]"
 PAPER_COMPAT = "pgd, paper_compat (unverified)"
 # Threats that look for the change that hurts most: what withstands them is called robust, if nothing was masked.
 ATTACKS = ("pgd", "fgsm", "spsa", "autoattack", "transfer", PAPER_COMPAT)

@@ -14,7 +14,6 @@ from twicing.experiments.costs import costs
 from twicing.experiments.drawing import arm_styles
 from twicing.experiments.evaluate.section import EvaluationSection, evaluation_section
 from twicing.experiments.findings import (
-    ACCURACY,
     NOISE_FLOOR,
     Measure,
     Row,
@@ -26,6 +25,7 @@ from twicing.experiments.findings import (
     read_run,
 )
 from twicing.experiments.masking_verdicts import verdict_on
+from twicing.experiments.metrics import ACCURACY
 from twicing.experiments.published_beside import published_beside
 from twicing.experiments.results import BASELINE, replace_file, select
 from twicing.experiments.sentences import caveats, in_short, missing_seeds, was_attacked

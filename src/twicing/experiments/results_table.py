@@ -5,22 +5,12 @@ from fractions import Fraction
 from pathlib import Path
 
 from twicing.experiments.costs import Cost, costs
-from twicing.experiments.findings import (
-    ACCURACY,
-    EPS50,
-    Measure,
-    Row,
-    Run,
-    exploratory_rows,
-    mean_and_sd,
-    primary_rows,
-    read_run,
-)
+from twicing.experiments.findings import Measure, Row, Run, exploratory_rows, mean_and_sd, primary_rows, read_run
 from twicing.experiments.masking_verdicts import verdict_on
+from twicing.experiments.metrics import ACCURACY, EPS50, HELD_OUT_ACCURACY
 from twicing.experiments.results import BASELINE, select
 from twicing.experiments.sentences import SIMILARITY, caveats, fewest_pairs, missing_seeds, was_attacked
 from twicing.experiments.statistics import claims_difference, number, seeds_caveat, signed
-from twicing.experiments.training_figures import HELD_OUT
 from twicing.robustness.threat import as_fraction
 
 # A gain in accuracy over the last fifth of the epochs that says that training was not at its end.
@@ -61,7 +51,7 @@ def results_markdown(folder: Path) -> str:
 def accuracy_reached(run: Run) -> str:
     """How far training came with standard attention, and whether it was still getting better, in words."""
     curve: dict[int, dict[int, float]] = {}
-    for record in select(run.records, metric=HELD_OUT, arm=BASELINE):
+    for record in select(run.records, metric=HELD_OUT_ACCURACY, arm=BASELINE):
         curve.setdefault(record.seed, {})[int(record.conditions["epoch"])] = record.value
     if not curve:
         return "accuracy by epoch not recorded"

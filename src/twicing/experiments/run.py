@@ -1,16 +1,15 @@
 """Carry out a plan in a folder: its trainings, side by side, or what is left of them, and their results together."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
-from twicing.experiments.job import read_job, read_verdict, run_job, share_done, unfinished_parts
+from twicing.experiments import job as one_job
+from twicing.experiments.alone import alone_in
+from twicing.experiments.job import read_job, read_verdict, share_done, unfinished_parts
 from twicing.experiments.plan import Job, Plan, Resources, open_folder
 from twicing.experiments.processes import run_all
 from twicing.experiments.progress import JobProgress
@@ -45,7 +44,7 @@ def run_plan(
     resources = replace(resources, cache=resources.cache or folder / DATA_CACHE)
     jobs = plan.jobs(folder, resources)
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone_in(folder):
+    with alone_in(folder):
         started = datetime.now(UTC).isoformat(timespec="seconds")
         warning = open_folder(folder, plan, command, min(side_by_side, len(jobs)), where, started, resources)
         if warning:
@@ -69,14 +68,9 @@ def run_plan(
 
 
 def follow_training(plan: Plan, folder: Path, resources: Resources) -> None:
-    """Take part in the one training of the plan as another process than the first, which does all the rest.
-
-    Raises ValueError where the plan has several trainings: their order is the first process's business.
-    """
+    """Take part in the one training of the plan as another process than the first, which does all the rest."""
     [job] = plan.jobs(folder, replace(resources, cache=resources.cache or folder / DATA_CACHE))
-    # Written by the first process after a training that this one takes part in, so both see the same.
-    if "training" in unfinished_parts(job):
-        run_job(job, environment(), lambda *_: None, following=True)
+    one_job.follow_training(job)
 
 
 def _write_verdicts(jobs: list[Job], folder: Path) -> None:
@@ -105,16 +99,3 @@ def _announcement(plan: Plan, total: int, finished: int, side_by_side: int) -> s
     epochs = "1 epoch" if plan.recipe.all_epochs == 1 else f"{plan.recipe.all_epochs} epochs"
     already = f"; {finished} finished already" if finished else ""
     return f"{plan.recipe.headline}: {trainings} of {epochs}, {side_by_side} side by side{already}."
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"another twicing command is at work in {folder}: wait for it, or use --out.") from None
-    try:
-        yield
-    finally:
-        lock.release()

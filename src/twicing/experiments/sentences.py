@@ -6,19 +6,9 @@ The page and the terminal both take them from here, so they cannot say different
 from collections.abc import Sequence
 
 from twicing.experiments.costs import Cost, costs
-from twicing.experiments.findings import (
-    ACCURACY,
-    ATTACKS,
-    CORRUPTED,
-    EPS50,
-    NOISE_FLOOR,
-    PAPER_COMPAT,
-    ZERO_GRADIENTS,
-    Measure,
-    Row,
-    Run,
-)
+from twicing.experiments.findings import ATTACKS, NOISE_FLOOR, PAPER_COMPAT, Measure, Row, Run
 from twicing.experiments.masking_verdicts import NO_SIGN, NOT_ESTABLISHED, NOT_LOOKED_FOR, verdict_on
+from twicing.experiments.metrics import ACCURACY, CORRUPTED, EPS50, ZERO_GRADIENTS
 from twicing.experiments.results import BASELINE, Record, select, threat_key
 from twicing.experiments.statistics import FEWEST_SEEDS, interval, number, seeds_caveat, signed, small
 

@@ -6,18 +6,15 @@ import numpy as np
 
 from twicing.experiments.curves import Picture, Styles, curves_of, draw, draw_mean, draw_seed, means, seeds_in_words
 from twicing.experiments.drawing import Panel, drawing_settings
+from twicing.experiments.metrics import HELD_OUT_ACCURACY, TRAINING_LOSS, TRAINING_TIME
 from twicing.experiments.results import Record, select
-
-LOSS = "training loss [nats]"
-HELD_OUT = "held-out accuracy [share of images]"
-SECONDS = "training time [s]"
 
 
 @drawing_settings()
 def training(records: Sequence[Record], styles: Styles) -> Picture | None:
     """Training loss and held-out accuracy by epoch."""
     panels: list[Panel] = []
-    for metric in (LOSS, HELD_OUT):
+    for metric in (TRAINING_LOSS, HELD_OUT_ACCURACY):
         curves = curves_of(select(records, metric=metric), styles, lambda record: record.conditions["epoch"])
         if curves:
             panel = Panel(f"training-{len(panels)}", metric)
@@ -36,18 +33,18 @@ def against_seconds(records: Sequence[Record], styles: Styles) -> Picture | None
     """Held-out accuracy against the seconds spent in training steps."""
     seconds = {
         (record.arm, record.seed, record.conditions["epoch"]): record.value
-        for record in select(records, metric=SECONDS)
+        for record in select(records, metric=TRAINING_TIME)
     }
     timed = [
         record
-        for record in select(records, metric=HELD_OUT)
+        for record in select(records, metric=HELD_OUT_ACCURACY)
         if (record.arm, record.seed, record.conditions["epoch"]) in seconds
     ]
     # The mean at an epoch is over the seeds' seconds too, so curves are first keyed by epoch.
     curves = curves_of(timed, styles, lambda record: record.conditions["epoch"])
     if not curves:
         return None
-    panel = Panel("seconds", HELD_OUT)
+    panel = Panel("seconds", HELD_OUT_ACCURACY)
     for arm, seeds in curves.items():
         style = styles[arm]
         for seed, points in seeds.items():

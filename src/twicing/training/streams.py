@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-# 3, 4 and 5 are those of experiments/job.py.
+# 3, 4 and 5 are those of experiments/vision_job.py.
 ORDER_STREAM, STEP_STREAM, AUGMENT_STREAM, MIX_STREAM = 1, 2, 6, 7
 
 

@@ -1,33 +1,27 @@
 """A model on the bench: what is done to it and its images, one function for each kind of part."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from twicing.data.images import Images
 from twicing.data.shifted import ClassSubset
+from twicing.experiments.attacking import leave_adversarial, look_for_masking, under_fgsm, under_pgd
 from twicing.experiments.evaluate.options import Evaluate
 from twicing.experiments.evaluate.subjects import HeldOut, Subject
-from twicing.experiments.findings import ACCURACY, EPS50, TOP5, ZERO_GRADIENTS
-from twicing.experiments.job import MANY_CLASSES, Finding, Part
-from twicing.experiments.results import replace_file
-from twicing.robustness.attacks import fgsm, pgd
+from twicing.experiments.metrics import TOP5
+from twicing.experiments.parts import MANY_CLASSES, Finding, Part
 from twicing.robustness.auto_attack import auto_attack
 from twicing.robustness.corruptions import SEVERITIES, corrupt
-from twicing.robustness.eps50 import eps50
-from twicing.robustness.masking import masking_verdict
 from twicing.robustness.noise import gaussian_noise
 from twicing.robustness.paper_compat import paper_compat
 from twicing.robustness.spsa import spsa
-from twicing.robustness.sweep import pgd_sweep
 from twicing.robustness.threat import Threat
-from twicing.robustness.transfer import transfer
 from twicing.training.streams import stream_seed
 
 # Streams of random numbers of an evaluation, next to those of training and comparison (see training.streams).
@@ -109,7 +103,7 @@ class Bench:
 def clean(bench: Bench) -> Part:
     """Accuracy on all held-out images as they are."""
     images = bench.held_out.images
-    return _judged(Part(), bench.answers_on(images), images.labels, {"threat": "clean"})
+    return _judged({"threat": "clean"}, bench.answers_on(images), images.labels)
 
 
 def noise(bench: Bench, sds: Sequence[str]) -> Part:
@@ -117,35 +111,28 @@ def noise(bench: Bench, sds: Sequence[str]) -> Part:
     part = Part()
     for count, sd in enumerate(sds):
         noisy = gaussian_noise(bench.images, sd, generator=bench.generator(NOISE_STREAM, count))
-        _judged(part, bench.answers(noisy), bench.labels, {"threat": "noise", "sd": sd})
+        part.judge({"threat": "noise", "sd": sd}, bench.answers(noisy), bench.labels)
     return part
 
 
 def signed_step(bench: Bench, eps: Sequence[str]) -> Part:
     """Accuracy under FGSM."""
-    part = Part()
-    for size in eps:
-        result = fgsm(bench.model, bench.images, bench.labels, Threat(size), batch_size=bench.options.batch_size)
-        conditions = {"threat": "fgsm", "eps": size}
-        part.add_accuracy(conditions, result.correct)
-        part.findings.append(Finding(ZERO_GRADIENTS, result.zero_gradient_share, len(result.correct), conditions))
-    return part
+    return under_fgsm(bench.model, bench.images, bench.labels, eps, batch_size=bench.options.batch_size)
 
 
 def pgd_curve(bench: Bench, eps: Sequence[str]) -> Part:
     """Accuracy under PGD from small to large eps, and eps50 by bisection between two of them."""
-    part = Part()
-    options = bench.options
-    steps, restarts, batch = options.pgd_steps, options.pgd_restarts, options.batch_size
-    model, images, labels = bench.model, bench.images, bench.labels
-    start, bisection = bench.generator(PGD_STREAM), bench.generator(EPS50_STREAM)
-    sweep = pgd_sweep(model, images, labels, eps, steps=steps, restarts=restarts, batch_size=batch, generator=start)
-    for size, correct in zip(eps, sweep.correct, strict=True):
-        part.add_accuracy({"threat": "pgd", "eps": size}, correct)
-    median = eps50(model, images, labels, sweep, steps=steps, restarts=restarts, batch_size=batch, generator=bisection)
-    if median.value is not None:
-        part.findings.append(Finding(EPS50, median.value, median.n, {"threat": "pgd"}))
-    return part
+    return under_pgd(
+        bench.model,
+        bench.images,
+        bench.labels,
+        eps,
+        steps=bench.options.pgd_steps,
+        restarts=bench.options.pgd_restarts,
+        batch_size=bench.options.batch_size,
+        start=bench.generator(PGD_STREAM),
+        bisection=bench.generator(EPS50_STREAM),
+    )
 
 
 def spsa_at(bench: Bench, eps: str) -> Part:
@@ -221,7 +208,7 @@ def corruption(bench: Bench, kind: str) -> Part:
             for batch in batches
         ]
         conditions = {"threat": "corruption", "kind": kind, "severity": severity}
-        _judged(part, bench.answers(torch.cat(corrupted)), bench.labels, conditions)
+        part.judge(conditions, bench.answers(torch.cat(corrupted)), bench.labels)
     return part
 
 
@@ -230,7 +217,7 @@ def released_corruption(bench: Bench, kind: str, images: Mapping[int, Images]) -
     part = Part()
     for severity, of_severity in images.items():
         conditions = {"threat": IMAGENET_C, "kind": kind, "severity": severity}
-        _judged(part, bench.answers_on(of_severity), of_severity.labels, conditions)
+        part.judge(conditions, bench.answers_on(of_severity), of_severity.labels)
     return part
 
 
@@ -240,66 +227,39 @@ def shifted(bench: Bench, name: str, images: Images | ClassSubset) -> Part:
         logits, labels = images.cut(bench.answers_on(images.images)), images.images.labels
     else:
         logits, labels = bench.answers_on(images), images.labels
-    return _judged(Part(), logits, labels, {"threat": name})
+    return _judged({"threat": name}, logits, labels)
 
 
 def adversarial(bench: Bench, eps: str, file: Path) -> Part:
     """Leave images that fool this model, or come nearest to it, for the other models of the seed to be shown."""
-    images, labels = bench.of_verdict
-    result = pgd(
+    return leave_adversarial(
+        file,
         bench.model,
-        images,
-        labels,
-        Threat(eps),
+        *bench.of_verdict,
+        eps,
         steps=bench.options.pgd_steps,
         batch_size=bench.options.batch_size,
         generator=bench.generator(TRANSFER_STREAM),
     )
-    replace_file(file, lambda opened: np.save(opened, result.adversarial.cpu().numpy()))
-    return Part()
 
 
 def verdict(bench: Bench, eps: str, others: Mapping[str, Path]) -> Part:
     """Transfer from the other models of the seed, and whether the attacks can be believed."""
-    part = Part()
-    images, labels = bench.of_verdict
-    threat = Threat(eps)
-    batch = bench.options.batch_size
-    transferred = {}
-    for label, file in others.items():
-        made = torch.from_numpy(np.load(file, allow_pickle=False)).to(bench.device)
-        transferred[label] = transfer(bench.model, made, images, labels, threat, batch_size=batch)
-        conditions = {"threat": "transfer", "eps": eps, "from": label}
-        part.findings.append(Finding(ACCURACY, transferred[label].double().mean().item(), len(images), conditions))
-    found = masking_verdict(
+    return look_for_masking(
         bench.model,
-        images,
-        labels,
-        threat,
-        transferred=transferred,
+        *bench.of_verdict,
+        eps,
+        others,
         steps=bench.options.pgd_steps,
         spsa_images=SPSA_IMAGES,
         spsa_iterations=bench.options.spsa_iterations,
         spsa_samples=bench.options.spsa_samples,
-        batch_size=batch,
+        batch_size=bench.options.batch_size,
         generator=bench.generator(VERDICT_STREAM),
     )
-    part.verdict = {
-        "passed": found.passed,
-        "eps": eps,
-        "images": len(images),
-        "sentence": found.sentence,
-        "checks": [asdict(check) for check in found.checks],
-        "accuracies": dict(found.accuracies),
-    }
-    return part
 
 
-def _judged(part: Part, logits: Tensor, labels: Tensor, conditions: dict[str, Any]) -> Part:
-    """Note which images are right, and of many classes how often the label is among the five best guesses."""
-    labels = labels.to(logits.device)
-    part.add_accuracy(conditions, logits.argmax(1) == labels)
-    if logits.shape[1] > MANY_CLASSES:
-        among = (logits.topk(5).indices == labels[:, None]).any(1)
-        part.findings.append(Finding(TOP5, among.double().mean().item(), len(labels), conditions))
+def _judged(conditions: dict[str, Any], logits: Tensor, labels: Tensor) -> Part:
+    part = Part()
+    part.judge(conditions, logits, labels)
     return part

@@ -6,8 +6,7 @@ add parts. A part that is there with other settings is never mixed with others.
 
 import json
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,8 +22,8 @@ from twicing.experiments.evaluate.bench import IMAGENET_C, Bench
 from twicing.experiments.evaluate.options import Evaluate
 from twicing.experiments.evaluate.subjects import Subject
 from twicing.experiments.evaluate.tasks import HELD_OUT, Task, file_of
-from twicing.experiments.findings import ACCURACY, CORRUPTED
-from twicing.experiments.job import Part
+from twicing.experiments.metrics import ACCURACY, CORRUPTED
+from twicing.experiments.parts import Part
 from twicing.experiments.plan import first_difference
 from twicing.experiments.results import (
     Correctness,
@@ -93,20 +91,6 @@ def open_evaluation(
         "begun": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     write_json(path, about | where)
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder for one command at a time. Raises ValueError where another one is at work in it."""
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"another twicing command is at work in {folder}: wait for it, or use --out.") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def is_finished(task: Task, folder: Path) -> bool:

@@ -8,10 +8,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from twicing.experiments.alone import alone_in
 from twicing.experiments.evaluate.bench import Bench
 from twicing.experiments.evaluate.folder import (
     ABOUT,
-    alone_in,
     collect,
     is_finished,
     open_evaluation,

@@ -14,7 +14,8 @@ from twicing.experiments.curves import Picture, Styles
 from twicing.experiments.drawing import Panel, arm_styles, drawing_settings
 from twicing.experiments.evaluate.folder import ABOUT, CORRUPTION_ERROR, EXTRA_ERROR, MCE, RESULTS
 from twicing.experiments.figures import FLOOR, paper_compat
-from twicing.experiments.findings import ACCURACY, CORRUPTED, EPS50, TOP5, mean_and_sd
+from twicing.experiments.findings import mean_and_sd
+from twicing.experiments.metrics import ACCURACY, CORRUPTED, EPS50, TOP5
 from twicing.experiments.results import Record, read_json, read_records, select, value_by_seed
 from twicing.robustness.corruptions import CORRUPTIONS
 from twicing.robustness.paper_compat import PaperCompat

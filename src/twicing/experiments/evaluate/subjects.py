@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from twicing.data.images import Images
 from twicing.experiments.arms import Arm
 from twicing.experiments.evaluate.weights import fingerprint
-from twicing.experiments.job import converted_model, part_file
+from twicing.experiments.job import part_file
 from twicing.experiments.plan import CONFIG, Job, Plan, Resources, first_difference
 from twicing.experiments.results import read_json
 from twicing.experiments.run import DATA_CACHE
+from twicing.experiments.vision_job import converted_model
 from twicing.training.checkpoint import CHECKPOINT
 from twicing.training.choice import balanced_order
 from twicing.training.classification import load_trained

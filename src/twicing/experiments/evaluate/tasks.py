@@ -14,7 +14,7 @@ from twicing.experiments.evaluate import bench as on
 from twicing.experiments.evaluate.options import ATTACKS, Evaluate
 from twicing.experiments.evaluate.pretrained import IMAGENET_CLASSES, imagenet_synsets
 from twicing.experiments.evaluate.subjects import Subject
-from twicing.experiments.job import Part
+from twicing.experiments.parts import Part
 from twicing.names import listed
 from twicing.robustness.corruptions import CORRUPTIONS, SMALLEST_SIDE
 from twicing.robustness.threat import Threat, as_fraction
