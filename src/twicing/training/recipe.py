@@ -4,6 +4,7 @@ The protocols of the small ones are this library's own: no paper trains these mo
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from twicing.data.digits import FOLDS
 from twicing.names import listed
@@ -76,7 +77,8 @@ def digits() -> Recipe:
 
 def mnist() -> Recipe:
     """MNIST, 28 x 28 pixels, a ViT of 12 layers and 16 + 1 tokens for one epoch: a minute and a half of one core."""
-    return Recipe(
+    return replace(
+        digits(),
         name="mnist",
         title="a vision transformer of {depth} layers on MNIST",
         limits="undertrained (one epoch) and small (width 64), undefended models; grey digits of 28 x 28 pixels, which "
@@ -86,30 +88,18 @@ def mnist() -> Recipe:
         mean=(0.1307,),
         std=(0.3081,),
         image_size=28,
-        channels=1,
-        classes=10,
         folds=0,
-        initialisation=XAVIER,
-        weights="xavier",
         patch_size=7,
-        depth=12,
-        width=64,
-        heads=4,
-        mlp_ratio=2.0,
         epochs=1,
         batch_size=32,
-        learning_rate=1e-3,
-        weight_decay=0.05,
-        warmup_share=0.2,
-        primary=(EPS50, CLEAN, SIMILARITY),
         evaluation=Evaluation(eps=("1/256", "1/128", "1/64", "1/32", "1/16"), probes=300, verdict_eps="1/64"),
-        fixed=("image_size", "channels", "classes", "dataset"),
     )
 
 
 def cifar10() -> Recipe:
     """CIFAR-10, 32 x 32 pixels, the same ViT as for MNIST with patches of 8 pixels, two epochs."""
-    return Recipe(
+    return replace(
+        mnist(),
         name="cifar10",
         title="a vision transformer of {depth} layers on CIFAR-10",
         limits="undertrained (two epochs) and small (width 64), undefended models; where the images were read from "
@@ -120,34 +110,21 @@ def cifar10() -> Recipe:
         std=(0.2470, 0.2435, 0.2616),
         image_size=32,
         channels=3,
-        classes=10,
-        folds=0,
-        initialisation=XAVIER,
-        weights="xavier",
         patch_size=8,
-        depth=12,
-        width=64,
-        heads=4,
-        mlp_ratio=2.0,
         epochs=2,
-        batch_size=32,
-        learning_rate=1e-3,
-        weight_decay=0.05,
-        warmup_share=0.2,
-        primary=(EPS50, CLEAN, SIMILARITY),
         evaluation=Evaluation(
             noise=("1/32", "1/16", "1/8"),
             eps=("1/4/255", "1/2/255", "1/255", "2/255", "4/255"),
             probes=300,
             verdict_eps="1/255",
         ),
-        fixed=("image_size", "channels", "classes", "dataset"),
     )
 
 
 def imagefolder() -> Recipe:
     """Any images in class folders, train/ and val/: sizes are yours to set, classes are found in the data."""
-    return Recipe(
+    return replace(
+        mnist(),
         name="imagefolder",
         title="a vision transformer of {depth} layers on images in class folders",
         limits="trained from nothing with settings of no paper, undefended models: a comparison of arms, not a record",
@@ -157,22 +134,14 @@ def imagefolder() -> Recipe:
         image_size=64,
         channels=3,
         classes=0,
-        folds=0,
-        initialisation=XAVIER,
-        weights="xavier",
         patch_size=8,
-        depth=12,
         width=192,
         heads=3,
         mlp_ratio=4.0,
         epochs=20,
         batch_size=64,
-        learning_rate=1e-3,
-        weight_decay=0.05,
-        warmup_share=0.2,
         # A third of the area and more, and mirrored: what small sets of photographs are usually given.
         augmentation=Augmentation(flip=True, smallest_crop=0.35),
-        primary=(EPS50, CLEAN, SIMILARITY),
         evaluation=Evaluation(
             noise=("1/32", "1/16", "1/8"),
             eps=("1/4/255", "1/2/255", "1/255", "2/255", "4/255"),

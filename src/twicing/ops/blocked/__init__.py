@@ -10,6 +10,7 @@ from torch import Tensor
 
 from twicing.ops.blocked.operator import blocked_forward
 from twicing.ops.call import Call
+from twicing.ops.custom_op import four_axes, inside_torch_func_derivative, mask_with_four_axes
 
 ABOUT = "on the CPU: A made once, a few heads at a time in a reused buffer, with its own backward; O(N) memory + 64 MiB"
 
@@ -25,52 +26,19 @@ def refuses(call: Call) -> str | None:
         return f"it computes in {', '.join(map(str, DTYPES))}, and the query is {call.query.dtype}. {instead}"
     if call.order != 2:
         return f"it has order 2 only, and the order is {call.order}. {instead}"
-    if _inside_torch_func_derivative():
+    if inside_torch_func_derivative():
         return f"torch.func.grad and its kin cannot differentiate an operator with its own backward. {instead}"
     return None
 
 
 def run(call: Call) -> Tensor:
     """U = A R, A made once. Dropout draws a seed from torch's default generator, as SDPA draws its mask."""
-    query, key, value = call.query, call.key, call.value
-    batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
-    heads = query.shape[-3:-2]
-    if not call.enable_gqa:
-        heads = torch.broadcast_shapes(heads, key.shape[-3:-2], value.shape[-3:-2])
-    key_heads = key.shape[-3:-2] if call.enable_gqa else heads
+    qkv, batch, heads = four_axes(call)
+    mask = None if call.attn_mask is None else mask_with_four_axes(call.attn_mask, batch)
     gain = call.gain if isinstance(call.gain, Tensor) else torch.full((1,), call.gain, dtype=torch.float64)
-    inputs = (
-        _with_four_axes(query, batch, heads),
-        _with_four_axes(key, batch, key_heads),
-        _with_four_axes(value, batch, key_heads),
-        None if call.attn_mask is None else _mask_with_four_axes(call.attn_mask, batch),
-        gain.reshape(-1),
-    )
+    inputs = (*qkv, mask, gain.reshape(-1))
     seed = torch.randint(1 << 62, ()) if call.dropout_p > 0.0 else None
-    scale = 1.0 / math.sqrt(query.shape[-1]) if call.scale is None else call.scale
+    scale = 1.0 / math.sqrt(call.query.shape[-1]) if call.scale is None else call.scale
     is_training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     output, _, _ = blocked_forward(*inputs, seed, call.dropout_p, call.is_causal, scale, is_training)
     return output.reshape(*batch, *heads, *output.shape[-2:])
-
-
-def _with_four_axes(tensor: Tensor, batch: torch.Size, heads: torch.Size) -> Tensor:
-    """[..., N, D] broadcast to its leading axes, as [B, H, N, D]."""
-    last = tensor.shape[-2:]
-    return tensor.expand(*batch, *heads, *last).reshape(math.prod(batch), math.prod(heads), *last)
-
-
-def _mask_with_four_axes(mask: Tensor, batch: torch.Size) -> Tensor:
-    """A mask that broadcasts to [..., H, N, N] as [B or 1, H or 1, N or 1, N or 1]."""
-    last = (*(1,) * (3 - mask.dim()), *mask.shape[-3:])
-    if math.prod(mask.shape[:-3]) == 1:
-        return mask.reshape(1, *last)
-    return mask.expand(*batch, *last).reshape(math.prod(batch), *last)
-
-
-def _inside_torch_func_derivative() -> bool:
-    """Whether torch.func.grad, vjp, jvp or the like is at work. (Under torch.compile, torch says so itself.)"""
-    if torch.compiler.is_compiling():
-        return False
-    functorch = torch._C._functorch
-    derivatives = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
-    return any(level.key() in derivatives for level in functorch.get_interpreter_stack() or ())

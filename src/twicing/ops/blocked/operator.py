@@ -12,6 +12,7 @@ from twicing.ops.blocked.forward import Forward
 from twicing.ops.blocked.plan import Box
 from twicing.ops.blocked.scratch import Scratch
 from twicing.ops.blocked.walk import Walk
+from twicing.ops.custom_op import one_by_one
 
 
 @torch.library.custom_op("twicing::blocked_forward", mutates_args=(), device_types="cpu")
@@ -151,21 +152,7 @@ def _refuse_second_derivative(_ctx: Any, *_: Any) -> None:
     )
 
 
-def _loop(operator: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Any]:
-    """The vmap rule of the operator: one call after the other."""
-
-    def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-        calls = (
-            [x if dim is None else x.select(dim, index) for x, dim in zip(inputs, in_dims, strict=True)]
-            for index in range(info.batch_size)
-        )
-        stacked = tuple(torch.stack(results) for results in zip(*(operator(*call) for call in calls), strict=True))
-        return stacked, (0,) * len(stacked)
-
-    return rule
-
-
 blocked_forward.register_autograd(_differentiate, setup_context=_save)
 blocked_backward.register_autograd(_refuse_second_derivative)
-blocked_forward.register_vmap(_loop(blocked_forward))
-blocked_backward.register_vmap(_loop(blocked_backward))
+blocked_forward.register_vmap(one_by_one(blocked_forward))
+blocked_backward.register_vmap(one_by_one(blocked_backward))
