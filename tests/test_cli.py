@@ -75,6 +75,7 @@ def test_train_writes_its_results(run, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert str(out / "results.jsonl") in done.stdout.replace("\n", "")
+    assert "accuracy [share of images] clean" in " ".join(done.stdout.split())
     assert '"layers": [2]' in (out / "results.jsonl").read_text()
     assert '"gain": 0.5' in (out / "results.jsonl").read_text()
 

@@ -222,6 +222,7 @@ def _compare(command: Compare, console: Console, typed: str) -> None:
 
 def _train(command: Train, console: Console, typed: str) -> None:
     from twicing.experiments.compare import train
+    from twicing.training.hardware import process_rank
     from twicing.training.recipe import find_recipe
     from twicing.training.settings import apply_settings, parse_options
 
@@ -238,7 +239,8 @@ def _train(command: Train, console: Console, typed: str) -> None:
         console=console,
         resources=_resources(recipe, command, **hardware),
     )
-    print(f"Results: {results}")
+    if not process_rank():
+        print(f"Results: {results}")
 
 
 def _resources(recipe: Recipe, command: Compare | Train, **hardware: Any) -> Resources:

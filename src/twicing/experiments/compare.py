@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from twicing.experiments.arms import (
@@ -112,7 +113,8 @@ def train(
     for record in read_records(folder / RESULTS):
         if "threat" in record.conditions or not record.conditions:
             conditions = ", ".join(str(value) for value in record.conditions.values())
-            table.add_row(f"{record.metric} {conditions}".strip(), f"{record.value:.4f}")
+            # Units stand in brackets, which rich would take for markup.
+            table.add_row(escape(f"{record.metric} {conditions}".strip()), f"{record.value:.4f}")
     console.print(table)
     return folder / RESULTS
 
