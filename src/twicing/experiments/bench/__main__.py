@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from twicing.experiments.bench.decode import bench_decode
+from twicing.experiments.bench.linear import bench_linear
+from twicing.experiments.bench.linear_options import LinearOptions
 from twicing.experiments.bench.model import bench_model
 from twicing.experiments.bench.ops import bench_ops
 from twicing.experiments.bench.options import DecodeOptions, ModelOptions, OpsOptions
@@ -19,6 +21,7 @@ _BENCHES: dict[str, tuple[Any, Any]] = {
     "ops": (OpsOptions, bench_ops),
     "decode": (DecodeOptions, bench_decode),
     "model": (ModelOptions, bench_model),
+    "linear": (LinearOptions, bench_linear),
 }
 
 
