@@ -7,6 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+# Here as well as below: fixtures of a module run before those of a test, and two workers share the cores.
+torch.set_num_threads(1)
+
 REAL_DATA = Path(os.environ.get("TWICING_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
 
