@@ -6,7 +6,8 @@ Nothing is demanded of accuracies, in either direction: they are what the compar
 import pytest
 
 from twicing.analysis.layer_similarity import layer_similarity
-from twicing.experiments.arms import arms_under_test, controls_of
+from twicing.experiments.arms import arms_under_test
+from twicing.experiments.controls import controls_of
 from twicing.experiments.statistics import paired_difference
 from twicing.training.classification import build_model, train_classifier
 from twicing.training.recipe import digits

@@ -8,14 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from twicing.experiments.arms import (
-    Arm,
-    arms_under_test,
-    controlled_arm,
-    controls_of,
-    refuse_nothing_to_compare,
-    with_equal_time,
-)
+from twicing.experiments.arms import Arm, arms_under_test, refuse_nothing_to_compare
+from twicing.experiments.controls import controlled_arm, controls_of, with_equal_time
 from twicing.experiments.equal_time import step_time_ratio
 from twicing.experiments.job import parts_of
 from twicing.experiments.plan import Plan, first_difference

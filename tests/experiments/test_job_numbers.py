@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from twicing.analysis.layer_similarity import layer_similarity
-from twicing.experiments.arms import Arm, arms_under_test, controls_of
+from twicing.experiments.arms import Arm, arms_under_test
+from twicing.experiments.controls import controls_of
 from twicing.experiments.job import part_file, parts_of, read_job, read_verdict, run_job, share_done
 from twicing.experiments.plan import Job, Plan
 from twicing.experiments.results import environment, select

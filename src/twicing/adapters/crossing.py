@@ -87,6 +87,18 @@ def refuse_other_numbering(sites: Sequence[AttentionSite], readers: Collection[i
             )
 
 
+def refuse_unreadable(sites: Sequence[AttentionSite], readers: Mapping[int, tuple[int, ...]]) -> None:
+    """Raise where a layer is to be read whose host has no module that puts out its values."""
+    for reader, layers in readers.items():
+        for site in (sites[layer - 1] for layer in layers):
+            if not site.value_source:
+                raise ValueError(
+                    f"Layer {reader} would read the values of layer {site.layer} ({site.path}: "
+                    f"{type(site.attention).__name__}), which has no child of its own that puts them out: this host "
+                    "serves only mechanisms that read no other layer."
+                )
+
+
 def connect(sites: Sequence[AttentionSite], readers: Mapping[int, tuple[int, ...]]) -> None:
     """Arrange that each reader, by its layer number, finds the values of the layers that it reads."""
     needed = sites[: max(readers, default=0)]

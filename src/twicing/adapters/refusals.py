@@ -8,7 +8,10 @@ import re
 import torch
 from torch import nn
 
-KNOWN_ATTENTION = "timm's Attention in the blocks of its VisionTransformer family (ViT, DeiT)"
+KNOWN_ATTENTION = (
+    "timm's Attention in the blocks of its VisionTransformer family (ViT, DeiT), self-attention that goes through "
+    "transformers' attention interface (GPT-2, Llama, BERT, ViT, ...), and torch.nn.MultiheadAttention"
+)
 # By name, since looking them up would import the distributed package. fully_shard() adds FSDPModule as a base.
 _WRAPPERS = {"DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"}
 _QUANTISED = re.compile(

@@ -16,11 +16,14 @@ class Entry:
 
     mechanism: a registered name or an import path, by which it can be built again if `findable`.
     options: all of them, defaults included; JSON values.
+    layer, layers: which layer of how many it was in the model that was converted, counted from 1.
     """
 
     mechanism: str
     options: dict[str, Any]
     findable: bool
+    layer: int
+    layers: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,9 +35,12 @@ class AttentionSite:
     attention: the attention module. merge: the module whose input is the attention output with its heads
         concatenated, [B, N, H * D] (H = num_heads, D = head_dim).
     converted_class: a direct subclass of the attention's class, which adds no state and whose forward() calls
-        `self.twicing_mechanism(query, key, value, ..., context=context_of(self))`.
-    value_source: the child of the attention whose output holds the values. read_values: takes that output and gives
-        values [B, H, N, D] as mechanisms get them, fewer heads under grouped queries; it must survive pickling.
+        `self.twicing_mechanism(query, key, value, ..., context=context_of(self))`. It may have twicing_installed() and
+        twicing_restored(), which are called after it took the host's place and before the host's own class returns, and
+        a static twicing_refusal(attention), which says why a host cannot be converted as it is set, or None.
+    value_source: the child of the attention whose output holds the values, or "" where there is none. read_values:
+        takes that output and gives values [B, H, N, D] as mechanisms get them, fewer heads under grouped queries; it
+        must survive pickling.
     """
 
     layer: int
@@ -84,10 +90,18 @@ def install(site: AttentionSite, mechanism: nn.Module, entry: Entry) -> None:
     site.attention.add_module("twicing_mechanism", mechanism)
     vars(site.attention)["twicing_entry"] = entry
     site.attention.__class__ = site.converted_class
+    _tell(site.attention, "twicing_installed")
 
 
 def restore(attention: nn.Module) -> None:
     """Turn a converted attention back into the host's own; the mechanism, and what it learned, are dropped."""
+    _tell(attention, "twicing_restored")
     attention.__class__ = type(attention).__mro__[1]
     del attention.twicing_mechanism
     del vars(attention)["twicing_entry"]
+
+
+def _tell(attention: nn.Module, what: str) -> None:
+    method = getattr(attention, what, None)
+    if method is not None:
+        method()

@@ -22,8 +22,13 @@ from twicing.mechanisms.options import build, complete_options
 
 __all__ = ["AttentionSite", "Conversion", "convert", "describe", "find_sites", "spec", "undo"]
 
-# The host's package, and the adapter that finds its attention. A model of a package that was never imported cannot be.
-_ADAPTERS = {"timm": "twicing.adapters.timm"}
+# A module that every model of the host has imported, and the adapter that finds its attention.
+_ADAPTERS = {
+    "timm": "twicing.adapters.timm",
+    "transformers.modeling_utils": "twicing.adapters.transformers",
+    "torch": "twicing.adapters.torch_mha",
+    "twicing.models.language": "twicing.adapters.language_sites",
+}
 _SPEC_KEYS = {"mechanism", "layers", "options"}
 
 
@@ -54,10 +59,11 @@ def convert(
     refuse_unchangeable(model)
     sites = find_sites(model)
     if requests and not sites:
-        raise ValueError(f"No attention was found in {type(model).__name__}: known is {KNOWN_ATTENTION}.")
+        raise ValueError(_nothing_found(model))
     changes = [change for request in requests for change in _built(sites, *request)]
     _refuse_repeated(changes)
     readers = {change.site.layer: change.reads for change in changes if change.reads is not None}
+    crossing.refuse_unreadable(sites, readers)
     crossing.refuse_other_numbering(sites, readers)
     for change in changes:
         install(change.site, change.mechanism, change.entry)
@@ -122,27 +128,42 @@ def describe(model: nn.Module) -> str:
     return "\n".join(lines)
 
 
+def _nothing_found(model: nn.Module) -> str:
+    name = type(model).__name__
+    if _found(model)[1]:
+        return f"{name} holds cross-attention only, which has no residual to smooth: there is no layer to convert."
+    return f"No attention was found in {name}: known is {KNOWN_ATTENTION}."
+
+
 def find_sites(model: nn.Module) -> list[AttentionSite]:
     """The attention layers of the model, in module order, counted from 1; [] where it has no attention.
 
     Raises ValueError where some of its attention is not known, or where it has several stacks of layers, so that
     counting them would be ambiguous.
     """
-    sites: list[AttentionSite] = []
-    passed_over: list[nn.Module] = []
-    for package, adapter in _ADAPTERS.items():
-        if package in sys.modules:
-            host = importlib.import_module(adapter)
-            sites += host.find_sites(model)
-            passed_over += [module for module in model.modules() if host.is_no_layer(module)]
+    sites, passed_over = _found(model)
     refuse_unknown_attention(model, [site.attention for site in sites], passed_over)
     stacks = list(dict.fromkeys(site.stack for site in sites))
     if len(stacks) > 1:
         raise ValueError(
-            f"{type(model).__name__} holds {len(stacks)} separate stacks of attention layers ({', '.join(stacks)}), "
+            f"{type(model).__name__} holds {len(stacks)} separate stacks of attention layers "
+            f"({', '.join(stack or 'the model itself' for stack in stacks)}), "
             "so that counting layers would be ambiguous: pass the part that is meant, such as model.encoder."
         )
     return sites
+
+
+def _found(model: nn.Module) -> tuple[list[AttentionSite], list[nn.Module]]:
+    """The attention layers that adapters know, and the modules of attention that they know to be no layers."""
+    sites: list[AttentionSite] = []
+    passed_over: list[nn.Module] = []
+    for imported, adapter in _ADAPTERS.items():
+        if imported in sys.modules:
+            host = importlib.import_module(adapter)
+            passed_over += host.no_layers(model)
+            not_theirs = {id(part) for module in passed_over for part in module.modules()}
+            sites += [site for site in host.find_sites(model) if id(site.attention) not in not_theirs]
+    return sites, passed_over
 
 
 def _requests(
@@ -188,13 +209,23 @@ def _built(
     changes = []
     for number in chosen_layers(layers, len(sites)):
         site = sites[number - 1]
+        _refuse_as_it_is_set(site)
         own_options = copy.deepcopy(complete)
         built = build(factory, name, own_options, site.layer, site.num_heads, site.head_dim)
         like = next(site.attention.parameters())
         built.to(device=like.device, dtype=like.dtype).train(site.attention.training)
         reads = declared_reads(built, site.layer, name)
-        changes.append(Change(site, built, Entry(name, own_options, findable), reads))
+        entry = Entry(name, own_options, findable, site.layer, len(sites))
+        changes.append(Change(site, built, entry, reads))
     return changes
+
+
+def _refuse_as_it_is_set(site: AttentionSite) -> None:
+    """Raise where the host's settings leave no room for a mechanism."""
+    refusal = getattr(site.converted_class, "twicing_refusal", None)
+    why = None if refusal is None or is_converted(site.attention) else refusal(site.attention)
+    if why is not None:
+        raise ValueError(why)
 
 
 def _refuse_repeated(changes: list[Change]) -> None:

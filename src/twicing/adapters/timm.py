@@ -90,9 +90,9 @@ def find_sites(model: nn.Module) -> Iterator[AttentionSite]:
         )
 
 
-def is_no_layer(module: nn.Module) -> bool:
-    """Whether it is one of timm's heads that pool tokens by attention: queries of its own, no layer to convert."""
-    return type(module).__module__ == "timm.layers.attention_pool"
+def no_layers(model: nn.Module) -> list[nn.Module]:
+    """timm's heads that pool tokens by attention: they have queries of their own, and are no layers to convert."""
+    return [module for module in model.modules() if type(module).__module__ == "timm.layers.attention_pool"]
 
 
 def _values(qkv: Tensor, *, heads: int, width: int) -> Tensor:

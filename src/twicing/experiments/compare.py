@@ -9,16 +9,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from twicing.experiments.arms import (
-    Arm,
-    arms_under_test,
-    controlled_arm,
-    controls_of,
-    refuse_nothing_to_compare,
-    with_equal_time,
-)
+from twicing.experiments.arms import Arm, arms_under_test, refuse_nothing_to_compare
+from twicing.experiments.controls import controlled_arm, controls_of, with_equal_time
 from twicing.experiments.equal_time import step_time_ratio
-from twicing.experiments.plan import CONFIG, Plan, Resources
+from twicing.experiments.plan import CONFIG, AnyRecipe, Plan, Resources
+from twicing.experiments.programmes import programme_of
 from twicing.experiments.report import write_report
 from twicing.experiments.results import BASELINE, read_json, read_records
 from twicing.experiments.run import RESULTS, follow_training, run_plan
@@ -30,7 +25,7 @@ from twicing.training.split import with_classes
 
 
 def compare(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     mechanisms: Sequence[str],
     *,
     seeds: int,
@@ -55,8 +50,8 @@ def compare(
             "a comparison starts its trainings itself, side by side on one machine: run it without torchrun, "
             "or train one model on several devices with `twicing train`."
         )
-    recipe = with_classes(recipe, resources.data_dir if resources else None)
-    arms = arms_under_test(mechanisms, layers)
+    recipe = _complete(recipe, resources)
+    arms = arms_under_test(mechanisms, layers, programme_of(recipe).options)
     if controls:
         arms += controls_of(recipe, arms, _equal_time(recipe, arms, folder, console, resources or Resources()))
     refuse_nothing_to_compare(arms)
@@ -67,7 +62,7 @@ def compare(
     return report
 
 
-def _equal_time(recipe: Recipe, arms: Sequence[Arm], folder: Path, console: Console, resources: Resources) -> float:
+def _equal_time(recipe: AnyRecipe, arms: Sequence[Arm], folder: Path, console: Console, resources: Resources) -> float:
     """The step time of the controlled arm against standard's: measured, or as the folder's comparison measured it."""
     config = folder / CONFIG
     found = read_json(config) if config.exists() else None
@@ -76,11 +71,11 @@ def _equal_time(recipe: Recipe, arms: Sequence[Arm], folder: Path, console: Cons
         return known
     arm = controlled_arm(arms, recipe.depth)
     with console.status(f"Timing steps of {arm.label} against standard ..."):
-        return step_time_ratio(recipe, arm, device=resources.device)
+        return step_time_ratio(recipe, arm, data_dir=resources.data_dir, device=resources.device)
 
 
 def train(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     mechanism: str,
     *,
     layers: str,
@@ -102,7 +97,7 @@ def train(
     if mechanism == BASELINE and (options or layers != "all"):
         raise ValueError(f"{BASELINE!r} is the model as it is: it takes neither --layers nor --options.")
     arm = Arm(mechanism, mechanism, layers, "The one that was asked for.", dict(options))
-    plan = Plan(with_classes(recipe, resources.data_dir if resources else None), (arm,), (seed,))
+    plan = Plan(_complete(recipe, resources), (arm,), (seed,))
     if process_rank():
         follow_training(plan, folder, resources or Resources())
         return folder / RESULTS
@@ -117,6 +112,10 @@ def train(
             table.add_row(escape(f"{record.metric} {conditions}".strip()), f"{record.value:.4f}")
     console.print(table)
     return folder / RESULTS
+
+
+def _complete(recipe: AnyRecipe, resources: Resources | None) -> AnyRecipe:
+    return with_classes(recipe, resources.data_dir if resources else None) if isinstance(recipe, Recipe) else recipe
 
 
 def cores() -> int:

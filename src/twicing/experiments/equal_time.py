@@ -5,26 +5,33 @@ Measured once before a comparison, the two in turns, so that whatever else the m
 
 import statistics
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from twicing.experiments.arms import Arm
-from twicing.training.classification import build_model
-from twicing.training.recipe import Recipe
+from twicing.experiments.plan import AnyRecipe
+from twicing.experiments.programmes import programme_of
+from twicing.experiments.results import BASELINE
 
 WARM_UP, STEPS = 3, 21
-# A larger batch takes as much longer in either arm, and minutes on a CPU.
-MOST_IMAGES = 32
 
 
-def step_time_ratio(recipe: Recipe, arm: Arm, *, steps: int = STEPS, device: torch.device | None = None) -> float:
+def step_time_ratio(
+    recipe: AnyRecipe,
+    arm: Arm,
+    *,
+    steps: int = STEPS,
+    data_dir: Path | None = None,
+    device: torch.device | None = None,
+) -> float:
     """Median seconds of a training step with the arm / with standard, to two decimals; never below 1.
 
-    On the CPU with one thread, as every training of a comparison has it there; random images of the recipe's size, at
-    most 32 of them. device: what trainings run on, the CPU by default.
-    An arm that is no slower than standard gives 1: the control then is standard itself.
+    On the CPU with one thread, as every training of a comparison has it there; on random inputs of the recipe's size.
+    data_dir: where the data are, should they decide the model's size. device: what trainings run on, by default the
+    CPU. An arm that is no slower than standard gives 1: the control then is standard itself.
     """
     device = device or torch.device("cpu")
     threads = torch.get_num_threads()
@@ -32,29 +39,27 @@ def step_time_ratio(recipe: Recipe, arm: Arm, *, steps: int = STEPS, device: tor
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            count = min(recipe.batch_size, MOST_IMAGES) if device.type == "cpu" else recipe.batch_size
-            images = torch.rand(count, recipe.channels, recipe.image_size, recipe.image_size, device=device)
-            labels = torch.randint(recipe.classes, (count,), device=device)
-            standard = build_model(recipe, 0).to(device)
-            other = arm.apply(build_model(arm.recipe(recipe), 0)).to(device)
-            seconds = _in_turns([_Stepper(standard), _Stepper(other)], images, labels, steps)
+            build, loss = programme_of(recipe).timed(recipe, data_dir, device)
+            standard = Arm(BASELINE, BASELINE, "all", "").apply(build(recipe), recipe.baseline).to(device)
+            other = arm.apply(build(arm.recipe(recipe)), recipe.baseline).to(device)
+            seconds = _in_turns([_Stepper(standard, loss), _Stepper(other, loss)], device, steps)
     finally:
         torch.set_num_threads(threads)
     return max(1.0, round(seconds[1] / seconds[0], 2))
 
 
 class _Stepper:
-    def __init__(self, model: nn.Module):
-        self.model = model.train()
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module], torch.Tensor]):
+        self.model, self.loss = model.train(), loss
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor) -> float:
-        _wait_for(images.device)
+    def step(self, device: torch.device) -> float:
+        _wait_for(device)
         started = time.perf_counter()
-        F.cross_entropy(self.model(images), labels).backward()
+        self.loss(self.model).backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        _wait_for(images.device)
+        _wait_for(device)
         return time.perf_counter() - started
 
 
@@ -64,11 +69,11 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _in_turns(steppers: list[_Stepper], images: torch.Tensor, labels: torch.Tensor, steps: int) -> list[float]:
+def _in_turns(steppers: list[_Stepper], device: torch.device, steps: int) -> list[float]:
     seconds: list[list[float]] = [[] for _ in steppers]
     for count in range(WARM_UP + steps):
         for of_one, stepper in zip(seconds, steppers, strict=True):
-            taken = stepper.step(images, labels)
+            taken = stepper.step(device)
             if count >= WARM_UP:
                 of_one.append(taken)
     return [statistics.median(of_one) for of_one in seconds]

@@ -199,8 +199,8 @@ def _layer_picture(records: Sequence[Record], metric: str, styles: Styles) -> Pi
     for panel in panels:
         panel.axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
     meaning = {
-        "mean pairwise cosine": "1 means that all tokens of an image point the same way. Lower is a property of a "
-        "mechanism, not by itself a benefit.",
+        "mean pairwise cosine": "1 means that all tokens of an image or text point the same way. Lower is a property "
+        "of a mechanism, not by itself a benefit.",
         "distance to the mean token": "||X - mean|| / ||X||: 0 means that only the tokens' common mean is left.",
         "effective rank of centred tokens": "How many directions the tokens use once their common mean is taken away: "
         "a cosine can fall while this does not rise.",

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 
 from twicing.experiments.masking_verdicts import Verdicts, doubt, read_verdicts
-from twicing.experiments.metrics import ACCURACY, CORRUPTED, EPS50, STEP_TIME, TOP5
+from twicing.experiments.metrics import ACCURACY, CORRUPTED, EPS50, STEP_TIME, TOP5, is_perplexity
 from twicing.experiments.results import (
     BASELINE,
     Conditions,
     Correctness,
     Record,
+    read_json,
     read_predictions,
     read_records,
     threat_key,
@@ -101,12 +102,14 @@ class Run:
     """What the files of a run folder hold.
 
     predictions: (arm, seed) -> which images were right. verdicts: arm -> whether its attacks met masked gradients.
+    notes: sentences that its parts left for the reader.
     """
 
     config: Mapping[str, Any]
     records: Sequence[Record]
     predictions: Mapping[tuple[str, int], Correctness]
     verdicts: Verdicts = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
     @property
     def title(self) -> str:
@@ -169,7 +172,9 @@ def read_run(folder: Path) -> Run:
         ) from error
     predictions = folder / "predictions.npz"
     answers = read_predictions(predictions) if predictions.is_file() else {}
-    return Run(config, read_records(folder / "results.jsonl"), answers, read_verdicts(folder))
+    notes = folder / "notes.json"
+    said = read_json(notes) if notes.is_file() else []
+    return Run(config, read_records(folder / "results.jsonl"), answers, read_verdicts(folder), said)
 
 
 def primary_rows(run: Run) -> list[Row]:
@@ -233,6 +238,8 @@ def _arm(label: str, entry: Mapping[str, Any], record: Record) -> ReportedArm:
 
 def _better(metric: str) -> str:
     if metric == STEP_TIME:
+        return "lower"
+    if is_perplexity(metric):
         return "lower"
     return "higher" if metric in (ACCURACY, EPS50, TOP5, CORRUPTED) else "neither"
 

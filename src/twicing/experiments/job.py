@@ -13,23 +13,17 @@ import numpy as np
 
 from twicing.experiments.parts import Part
 from twicing.experiments.plan import Job
-from twicing.experiments.programme import Bench, Kind, Programme, Progress
+from twicing.experiments.programme import Bench, Kind, Progress
+from twicing.experiments.programmes import programme_of
 from twicing.experiments.results import Correctness, Environment, Record, read_json, write_json
-from twicing.experiments.vision_job import VISION
 from twicing.training.checkpoint import formula
-
-
-def programme_of(_job: Job) -> Programme:
-    """What the job's recipe asks for."""
-    return VISION
 
 
 def parts_of(job: Job, *, last: bool | None = None) -> dict[str, Kind]:
     """The parts that the job has: those before the other arms are looked at, those after (last), or all of them."""
-    programme = programme_of(job)
-    kinds = {None: {**programme.parts, **programme.last_parts}, False: programme.parts, True: programme.last_parts}[
-        last
-    ]
+    programme = programme_of(job.recipe)
+    first, final = programme.parts, programme.last_parts
+    kinds = {None: {**first, **final}, False: first, True: final}[last]
     return {name: kind for name, kind in kinds.items() if kind.applies(job)}
 
 
@@ -64,7 +58,7 @@ def run_job(job: Job, environment: Environment, progress: Progress, *, last: boo
     def part_progress(name: str, share: float) -> None:
         progress(name, share_done(job) + share * parts_of(job)[name].percent / everything)
 
-    programme = programme_of(job)
+    programme = programme_of(job.recipe)
     bench = programme.open(job, part_progress)
     trained = False
     for name in unfinished:
@@ -82,7 +76,7 @@ def follow_training(job: Job) -> None:
     """Take part in the job's training as another process than the first, which does all the rest."""
     # Written by the first process after a training that this one takes part in, so both see the same.
     if "training" in unfinished_parts(job):
-        programme_of(job).open(job, lambda *_: None).train()
+        programme_of(job.recipe).open(job, lambda *_: None).train()
 
 
 def read_job(job: Job) -> tuple[list[Record], Correctness]:
@@ -109,6 +103,11 @@ def read_verdict(job: Job) -> dict[str, Any] | None:
         return None
     verdict: dict[str, Any] = _read_part(job, "masking")["verdict"]
     return verdict
+
+
+def read_notes(job: Job) -> list[str]:
+    """What the parts of the finished job found worth saying of themselves, each sentence once."""
+    return list(dict.fromkeys(note for name in parts_of(job) for note in _read_part(job, name).get("notes", [])))
 
 
 def _read_part(job: Job, name: str) -> dict[str, Any]:
@@ -146,5 +145,6 @@ def _write_part(job: Job, name: str, part: Part, bench: Bench, environment: Envi
             "correct": part.correct,
             **bench.examples(),
             "verdict": part.verdict,
+            "notes": part.notes,
         },
     )

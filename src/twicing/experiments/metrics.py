@@ -11,3 +11,8 @@ TRAINING_LOSS = "training loss [nats]"
 HELD_OUT_ACCURACY = "held-out accuracy [share of images]"
 TRAINING_TIME = "training time [s]"
 STEP_TIME = "training time [s per step]"
+
+
+def is_perplexity(metric: str) -> bool:
+    """Whether it is one of "valid perplexity per word, segments" and its like, which name their unit and their way."""
+    return " perplexity per " in metric

@@ -24,11 +24,15 @@ class Finding:
 
 @dataclass
 class Part:
-    """What one part found. correct: threat key -> one boolean per image; verdict: on gradient masking."""
+    """What one part found. correct: threat key -> one boolean per image; verdict: on gradient masking.
+
+    notes: sentences that its reader needs.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     correct: dict[str, list[bool]] = field(default_factory=dict)
     verdict: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
     def add_accuracy(self, conditions: dict[str, Any], correct: Tensor) -> None:
         """Add an accuracy and the images behind it."""

@@ -12,7 +12,10 @@ import torch
 from twicing.experiments.arms import Arm
 from twicing.experiments.results import Environment, read_json, write_json
 from twicing.training.hardware import Hardware
+from twicing.training.language_recipe import LanguageRecipe
 from twicing.training.recipe import Recipe
+
+AnyRecipe = Recipe | LanguageRecipe
 
 CONFIG = "config.json"
 
@@ -43,7 +46,7 @@ class Job:
     others: label -> folder of the seed's other arms.
     """
 
-    recipe: Recipe
+    recipe: AnyRecipe
     arm: Arm
     seed: int
     folder: Path
@@ -61,7 +64,7 @@ class Job:
 class Plan:
     """A comparison: every arm is trained with every seed. With the same machine and versions it decides all numbers."""
 
-    recipe: Recipe
+    recipe: AnyRecipe
     arms: tuple[Arm, ...]
     seeds: tuple[int, ...]
 
@@ -97,7 +100,6 @@ class Plan:
             "recipe": recipe,
             "arms": [arm.as_json() for arm in self.arms],
             "seeds": self.seeds,
-            "headline": {"threat": "pgd"},
         }
         return json.loads(json.dumps(plan))
 

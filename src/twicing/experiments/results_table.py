@@ -7,14 +7,18 @@ from pathlib import Path
 from twicing.experiments.costs import Cost, costs
 from twicing.experiments.findings import Measure, Row, Run, exploratory_rows, mean_and_sd, primary_rows, read_run
 from twicing.experiments.masking_verdicts import verdict_on
-from twicing.experiments.metrics import ACCURACY, EPS50, HELD_OUT_ACCURACY
-from twicing.experiments.results import BASELINE, select
+from twicing.experiments.metrics import ACCURACY, EPS50, HELD_OUT_ACCURACY, is_perplexity
+from twicing.experiments.results import BASELINE, Record, select
 from twicing.experiments.sentences import SIMILARITY, caveats, fewest_pairs, missing_seeds, was_attacked
 from twicing.experiments.statistics import claims_difference, number, seeds_caveat, signed
 from twicing.robustness.threat import as_fraction
 
 # A gain in accuracy over the last fifth of the epochs that says that training was not at its end.
 STILL_RISING = 0.005
+# The same for a fall of perplexity, as a share of it.
+STILL_FALLING = 0.01
+# Of the shares of swapped words the table shows the papers' alone, and what paper_compat was run at.
+SHOWN_SHARE = "0.04"
 
 
 def results_markdown(folder: Path) -> str:
@@ -50,11 +54,16 @@ def results_markdown(folder: Path) -> str:
 
 def accuracy_reached(run: Run) -> str:
     """How far training came with standard attention, and whether it was still getting better, in words."""
+    found = (one.metric for one in run.records if "epoch" in one.conditions and is_perplexity(one.metric))
+    metric = next(found, HELD_OUT_ACCURACY)
     curve: dict[int, dict[int, float]] = {}
-    for record in select(run.records, metric=HELD_OUT_ACCURACY, arm=BASELINE):
-        curve.setdefault(record.seed, {})[int(record.conditions["epoch"])] = record.value
+    for record in select(run.records, metric=metric, arm=BASELINE):
+        if "epoch" in record.conditions:
+            curve.setdefault(record.seed, {})[int(record.conditions["epoch"])] = record.value
     if not curve:
         return "accuracy by epoch not recorded"
+    if metric != HELD_OUT_ACCURACY:
+        return _perplexity_reached(metric, curve)
     ends = {seed: values[max(values)] for seed, values in curve.items()}
     last = max(max(values) for values in curve.values())
     reached = f"standard reaches {number(mean_and_sd(ends)[0])} held-out accuracy"
@@ -66,6 +75,19 @@ def accuracy_reached(run: Run) -> str:
     if gain > STILL_RISING:
         return f"{reached} and is undertrained: it still rose by {number(gain)} over the last fifth of the epochs"
     return f"{reached}, and gained {number(gain)} over the last fifth of the epochs"
+
+
+def _perplexity_reached(metric: str, curve: Mapping[int, Mapping[int, float]]) -> str:
+    ends = {seed: values[max(values)] for seed, values in curve.items()}
+    last = max(max(values) for values in curve.values())
+    reached = f"standard reaches a {metric} of {number(mean_and_sd(ends)[0])}"
+    earlier = last - max(1, last // 5)
+    falls = {seed: 1 - ends[seed] / values[earlier] for seed, values in curve.items() if earlier in values}
+    if not falls:
+        return f"{reached} after its only epoch, so it is undertrained"
+    fall = 100 * mean_and_sd(falls)[0]
+    verdict = " and is undertrained" if fall > 100 * STILL_FALLING else ""
+    return f"{reached}{verdict}: it changed by {signed(-fall)} % over the last fifth of the epochs"
 
 
 def shown_eps(run: Run) -> str | None:
@@ -87,13 +109,22 @@ def shown_eps(run: Run) -> str | None:
 
 
 def _measures(run: Run) -> list[Measure]:
-    """What the table shows, of what was measured: clean, eps50, PGD at one eps, similarity after the last block."""
+    """What the table shows, of what was measured, similarity after the last block among it.
+
+    Of images: clean accuracy, eps50, PGD at one eps. Of text: every perplexity, and with swapped words at two shares.
+    """
     eps = shown_eps(run)
+    perplexities = {
+        (one.metric, *one.conditions.items()): Measure(_name(one), one.metric, one.conditions, "lower")
+        for one in run.records
+        if is_perplexity(one.metric) and _is_shown(one)
+    }
     layers = [
         int(record.conditions["layer"])
         for record in select(run.records, metric=SIMILARITY, conditions={"where": "block output", "when": "trained"})
     ]
     wanted = [
+        *perplexities.values(),
         Measure("clean accuracy", ACCURACY, {"threat": "clean"}, "higher"),
         Measure("eps50", EPS50, {"threat": "pgd"}, "higher"),
         Measure(f"PGD accuracy at eps {eps}", ACCURACY, {"threat": "pgd", "eps": eps}, "higher"),
@@ -108,6 +139,20 @@ def _measures(run: Run) -> list[Measure]:
     declared = {(one.metric, tuple(sorted(one.conditions.items()))): one for one in run.primaries}
     named = [declared.get((one.metric, tuple(sorted(one.conditions.items(), key=str))), one) for one in wanted]
     return [one for one in named if any(run.values(one, arm.label) for arm in run.arms)]
+
+
+def _is_shown(record: Record) -> bool:
+    conditions = record.conditions
+    if conditions.get("threat") == "clean":
+        return True
+    return conditions.get("mode") == "paper_compat" or conditions.get("share") == SHOWN_SHARE
+
+
+def _name(record: Record) -> str:
+    conditions = record.conditions
+    if conditions.get("threat") == "clean":
+        return record.metric
+    return f"{record.metric}, word swap {conditions['share']} ({conditions['mode']})"
 
 
 def _title_line(run: Run) -> str:

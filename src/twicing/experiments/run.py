@@ -9,17 +9,16 @@ from rich.console import Console
 
 from twicing.experiments import job as one_job
 from twicing.experiments.alone import alone_in
-from twicing.experiments.job import read_job, read_verdict, share_done, unfinished_parts
+from twicing.experiments.job import read_job, read_notes, read_verdict, share_done, unfinished_parts
 from twicing.experiments.plan import Job, Plan, Resources, open_folder
 from twicing.experiments.processes import run_all
+from twicing.experiments.programmes import programme_of
 from twicing.experiments.progress import JobProgress
 from twicing.experiments.results import environment, write_json, write_predictions, write_records
 from twicing.mechanisms.registry import find_mechanism
 from twicing.testing.soundness import checked
-from twicing.training.classification import build_model
-from twicing.training.split import prepare_data
 
-RESULTS, PREDICTIONS, VERDICTS = "results.jsonl", "predictions.npz", "verdicts.json"
+RESULTS, PREDICTIONS, VERDICTS, NOTES = "results.jsonl", "predictions.npz", "verdicts.json", "notes.json"
 # Below a run folder: decoded images, kept for the processes that train side by side.
 DATA_CACHE = "data"
 
@@ -51,8 +50,7 @@ def run_plan(
             console.print(f"Note: {warning}", highlight=False, markup=False)
         unfinished = [job for job in jobs if share_done(job) < 1]
         if unfinished:
-            with console.status(f"Reading the data of {plan.recipe.name} ..."):
-                prepare_data(plan.recipe, resources.data_dir, resources.cache)
+            _prepare(plan, resources, console)
             side_by_side = min(side_by_side, len(unfinished))
             announcement = _announcement(plan, len(jobs), len(jobs) - len(unfinished), side_by_side)
             console.print(announcement, highlight=False, markup=False)
@@ -63,14 +61,30 @@ def run_plan(
                     run_all(waiting, side_by_side, where, progress.report, last=last)
         found = [read_job(job) for job in jobs]
         write_records(folder / RESULTS, [record for records, _ in found for record in records])
-        write_predictions(folder / PREDICTIONS, [correct for _, correct in found])
+        answers = [correct for _, correct in found if correct.correct]
+        if answers:
+            write_predictions(folder / PREDICTIONS, answers)
         _write_verdicts(jobs, folder)
+        notes = list(dict.fromkeys(note for job in jobs for note in read_notes(job)))
+        if notes:
+            write_json(folder / NOTES, notes)
 
 
 def follow_training(plan: Plan, folder: Path, resources: Resources) -> None:
     """Take part in the one training of the plan as another process than the first, which does all the rest."""
     [job] = plan.jobs(folder, replace(resources, cache=resources.cache or folder / DATA_CACHE))
     one_job.follow_training(job)
+
+
+def _prepare(plan: Plan, resources: Resources, console: Console) -> None:
+    """Read and check the data before any training."""
+    reading = f"Reading the data of {plan.recipe.name} ..."
+    with console.status(reading) as status:
+        found = programme_of(plan.recipe).prepare(
+            plan.recipe, resources, lambda share: status.update(f"{reading} {share:.0%}")
+        )
+    if found:
+        console.print(found, highlight=False, markup=False)
 
 
 def _write_verdicts(jobs: list[Job], folder: Path) -> None:
@@ -87,7 +101,7 @@ def _refuse_what_cannot_be_built(plan: Plan) -> None:
     """Build every arm's model once, and check what is not our own, before a folder is made."""
     for arm in plan.arms:
         try:
-            arm.apply(build_model(arm.recipe(plan.recipe), 0))
+            arm.apply(programme_of(plan.recipe).trial_model(arm.recipe(plan.recipe)), plan.recipe.baseline)
         except TypeError as error:
             raise ValueError(f"The mechanism {arm.mechanism!r} cannot be built: {error}") from error
         if ":" in arm.mechanism:

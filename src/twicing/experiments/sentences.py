@@ -102,6 +102,7 @@ def caveats(run: Run, rows: Sequence[Row]) -> list[str]:
         found.append("The corruptions were generated here and are not ImageNet-C: no mCE can be made of them.")
     if select(run.records, conditions={"threat": PAPER_COMPAT}):
         found.append("The paper_compat attack is unverified: the attack code of the twicing paper is not released.")
+    found += run.notes
     more = (_verdict_sentence(run), _probes_sentence(run), _blind_sentence(run), _eps50_sentence(run))
     return found + [sentence for sentence in more if sentence]
 

@@ -33,7 +33,7 @@ def print_summary(run_folder: Path, console: Console) -> None:
         console.print()
         console.print(table)
     console.print()
-    for sentence in in_short(run, rows):
+    for sentence in [*in_short(run, rows), *run.notes]:
         console.print(f"- {escape(sentence)}", highlight=False)
     console.print()
     # soft_wrap: a path that is broken over lines can neither be clicked nor copied.

@@ -1,31 +1,39 @@
 """What is done to one image classifier of a comparison: its training and its evaluation, part by part."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twicing.analysis.layer_similarity import layer_similarity
 from twicing.experiments.attacking import leave_adversarial, look_for_masking, under_fgsm, under_pgd
 from twicing.experiments.metrics import HELD_OUT_ACCURACY, STEP_TIME, TRAINING_LOSS, TRAINING_TIME
 from twicing.experiments.parts import Finding, Part
-from twicing.experiments.plan import Job
+from twicing.experiments.plan import Job, Resources
 from twicing.experiments.programme import Kind, Programme, Progress
 from twicing.robustness.noise import gaussian_noise
 from twicing.training.choice import balanced_order
 from twicing.training.classification import build_model, load_trained, train_classifier
+from twicing.training.cost import equal_cost_mlp_ratio
 from twicing.training.order import training_steps
-from twicing.training.split import Split, load_split, stream_seed
+from twicing.training.recipe import Recipe
+from twicing.training.split import Split, load_split, prepare_data
+from twicing.training.streams import MECHANISM_STREAM, stream_seed
 
 # Streams of random numbers next to those of training (see training.streams).
-NOISE_STREAM, ATTACK_STREAM, MECHANISM_STREAM = 3, 4, 5
+NOISE_STREAM, ATTACK_STREAM = 3, 4
 TRANSFER_STREAM, VERDICT_STREAM = 20, 21
 
 # Images that a model answers at once, and that an attack works on at once.
 BATCH, ATTACK_BATCH = 1000, 256
 # The attack that a verdict compares with stronger ones (see robustness/masking.py).
 VERDICT_STEPS = 20
+# Where steps are timed on a CPU: a larger batch takes as much longer in either arm, and minutes.
+MOST_IMAGES = 32
 # What the others of a seed attack this model with.
 ADVERSARIAL = "adversarial.npy"
 
@@ -38,6 +46,7 @@ class Workbench:
     """
 
     job: Job
+    recipe: Recipe
     split: Split
     model: nn.Module
     draw_seed: int
@@ -85,7 +94,7 @@ class Workbench:
         job = self.job
         curve = train_classifier(
             self.model,
-            job.recipe,
+            self.recipe,
             self.split,
             self.draw_seed,
             job.folder,
@@ -101,7 +110,7 @@ class Workbench:
                 Finding(HELD_OUT_ACCURACY, row.held_out_accuracy, n_test, epoch),
                 Finding(TRAINING_TIME, row.seconds, n_train, epoch),
             ]
-        steps = training_steps(job.recipe, n_train)
+        steps = training_steps(self.recipe, n_train)
         part.findings.append(Finding(STEP_TIME, curve[-1].seconds / steps, steps))
         return part
 
@@ -119,7 +128,7 @@ class Workbench:
     def noise(self) -> Part:
         """Accuracy under Gaussian noise; the same noise for every arm of a seed."""
         part = Part()
-        for count, sd in enumerate(self.job.recipe.evaluation.noise):
+        for count, sd in enumerate(self.recipe.evaluation.noise):
             noisy = gaussian_noise(self.images, sd, generator=self._generator(NOISE_STREAM, count))
             self._ready()
             with torch.no_grad():
@@ -130,12 +139,12 @@ class Workbench:
     def fgsm(self) -> Part:
         """Accuracy under one signed gradient step."""
         self._ready()
-        return under_fgsm(self.model, self.images, self.labels, self.job.recipe.evaluation.eps, batch_size=ATTACK_BATCH)
+        return under_fgsm(self.model, self.images, self.labels, self.recipe.evaluation.eps, batch_size=ATTACK_BATCH)
 
     def pgd(self) -> Part:
         """Accuracy under PGD, and eps50; the same random starts in all arms."""
         self._ready()
-        evaluation = self.job.recipe.evaluation
+        evaluation = self.recipe.evaluation
         return under_pgd(
             self.model,
             self.images,
@@ -155,7 +164,7 @@ class Workbench:
     def adversarial(self) -> Part:
         """Leave images that fool this model, or come nearest to it, for the other arms of the seed to be shown."""
         self._ready()
-        evaluation = self.job.recipe.evaluation
+        evaluation = self.recipe.evaluation
         return leave_adversarial(
             self.job.folder / ADVERSARIAL,
             self.model,
@@ -169,7 +178,7 @@ class Workbench:
     def masking(self) -> Part:
         """Transfer from every other arm of the seed, and whether the attacks can be believed."""
         self._ready()
-        evaluation = self.job.recipe.evaluation
+        evaluation = self.recipe.evaluation
         return look_for_masking(
             self.model,
             *self._of_verdict(),
@@ -186,7 +195,7 @@ class Workbench:
 
     def _of_verdict(self) -> tuple[Tensor, Tensor]:
         labels = self.split.test.labels
-        chosen = balanced_order(labels)[: self.job.recipe.evaluation.verdict_images]
+        chosen = balanced_order(labels)[: self.recipe.evaluation.verdict_images]
         return self.split.test.load(chosen.tolist()).to(self.device), labels[chosen].to(self.device)
 
     def _ready(self) -> None:
@@ -198,7 +207,7 @@ class Workbench:
 
 
 def _has_verdict(job: Job) -> bool:
-    evaluation = job.recipe.evaluation
+    evaluation = _vision(job).evaluation
     return job.place < evaluation.verdict_seeds and evaluation.verdict_images > 0
 
 
@@ -209,22 +218,54 @@ def _has_sites(job: Job) -> bool:
 
 def converted_model(job: Job, draw_seed: int) -> nn.Module:
     """The job's model before training. Weights that a mechanism brings along come from a stream of their own."""
-    model = build_model(job.recipe, draw_seed)
+    model = build_model(_vision(job), draw_seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(draw_seed, MECHANISM_STREAM, 0))
         return job.arm.apply(model)
 
 
-def open_bench(job: Job, progress: Progress) -> Workbench:
-    """The job's data and its model before training."""
+def _open_bench(job: Job, progress: Progress) -> Workbench:
     draw_seed = job.seed + job.arm.seed_offset
-    split = load_split(job.recipe, job.seed, job.resources.data_dir, job.resources.cache)
-    return Workbench(job, split, converted_model(job, draw_seed), draw_seed, progress)
+    split = load_split(_vision(job), job.seed, job.resources.data_dir, job.resources.cache)
+    return Workbench(job, _vision(job), split, converted_model(job, draw_seed), draw_seed, progress)
+
+
+def _vision(job: Job) -> Recipe:
+    assert isinstance(job.recipe, Recipe)  # programme_of() saw to it
+    return job.recipe
+
+
+def _prepare(recipe: Recipe, resources: Resources, _progress: Callable[[float], None]) -> str:
+    prepare_data(recipe, resources.data_dir, resources.cache)
+    return ""
+
+
+def _trial_model(recipe: Recipe) -> nn.Module:
+    return build_model(recipe, 0)
+
+
+def _timed(
+    recipe: Recipe, _data_dir: Path | None, device: torch.device
+) -> tuple[Callable[[Recipe], nn.Module], Callable[[nn.Module], Tensor]]:
+    count = min(recipe.batch_size, MOST_IMAGES) if device.type == "cpu" else recipe.batch_size
+    images = torch.rand(count, recipe.channels, recipe.image_size, recipe.image_size, device=device)
+    labels = torch.randint(recipe.classes, (count,), device=device)
+    return _trial_model, lambda model: F.cross_entropy(model(images), labels)
+
+
+def _widened(recipe: Recipe, twiced_layers: int) -> tuple[dict[str, Any], str]:
+    ratio = equal_cost_mlp_ratio(recipe, twiced_layers)
+    return {"mlp_ratio": ratio}, f"an MLP ratio of {ratio:.4g} instead of {recipe.mlp_ratio:g}"
 
 
 # Shares of time as measured for `digits`.
 VISION = Programme(
-    open=open_bench,
+    open=_open_bench,
+    prepare=_prepare,
+    trial_model=_trial_model,
+    timed=_timed,
+    widened=_widened,
+    options={},
     parts={
         "initialisation": Kind(Workbench.initialisation, 1, _has_sites),
         "training": Kind(Workbench.train, 60),

@@ -31,7 +31,10 @@ def save_checkpoint(trainer: Any, path: Path) -> None:
 
 def formula(model: nn.Module) -> list[dict[str, Any]]:
     """spec(model), or what stands for it where every block attends twice: there no layer is to be converted."""
-    blocks = sum(isinstance(module, TwoPassBlock) for module in model.modules())
+    # Blocks of the language model say it of themselves.
+    blocks = sum(
+        isinstance(module, TwoPassBlock) or getattr(module, "attention_passes", 1) > 1 for module in model.modules()
+    )
     if blocks:
         return [{"mechanism": "two attentions a block", "layers": list(range(1, blocks + 1)), "options": {}}]
     return spec(model)

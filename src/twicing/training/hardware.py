@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from twicing.training.language_recipe import LanguageRecipe
 from twicing.training.protocol import Recipe
 
 PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
@@ -80,8 +81,17 @@ class Hardware:
         return FSDPStrategy(state_dict_type="full", use_orig_params=True)
 
 
-def default_hardware(recipe: Recipe) -> Hardware:
-    """The CPU for small images in memory, where a GPU would mostly wait; else a GPU if there is one, with workers."""
+# Language models up to this width are those made for a CPU.
+SMALL_WIDTH = 64
+
+
+def default_hardware(recipe: Recipe | LanguageRecipe) -> Hardware:
+    """The CPU for small images in memory and small texts, where a GPU would mostly wait; else a GPU if there is one.
+
+    Images in files are read by worker processes.
+    """
+    if isinstance(recipe, LanguageRecipe):
+        return Hardware() if recipe.width <= SMALL_WIDTH else Hardware(accelerator="auto")
     if not recipe.reads_files:
         return Hardware()
     return Hardware(accelerator="auto", workers=min(8, (os.cpu_count() or 1) - 1))

@@ -116,6 +116,11 @@ class Recipe:
         return self.title.format(depth=self.depth)
 
     @property
+    def baseline(self) -> str:
+        """The mechanism that the standard model has: softmax attention."""
+        return "standard"
+
+    @property
     def all_epochs(self) -> int:
         """Epochs that are trained, cool-down included."""
         return self.epochs + (self.cosine.cooldown_epochs if self.cosine else 0)

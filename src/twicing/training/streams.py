@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-# 3, 4 and 5 are those of experiments/vision_job.py.
-ORDER_STREAM, STEP_STREAM, AUGMENT_STREAM, MIX_STREAM = 1, 2, 6, 7
+# Evaluations have their own, from 3 on and from 20 on (experiments/).
+ORDER_STREAM, STEP_STREAM, MECHANISM_STREAM, AUGMENT_STREAM, MIX_STREAM = 1, 2, 5, 6, 7
 
 
 def stream_seed(seed: int, stream: int, *counts: int) -> int:

@@ -1,0 +1,143 @@
+"""scripts/retrofit.py at the smallest size: every arm and seed, the same batches, equal seconds, and what it says."""
+
+import json
+import struct
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
+
+import llama2c
+import retrofit
+
+HEADER = (16, 24, 2, 4, 2, 300, 64)
+
+
+def write_tokenizer(path):
+    pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256))]
+    words = [b" ", b"a", b"b", b"c", b" a", b"ab", b" ab", "é".encode()]
+    pieces += words + [b"unused %d" % number for number in range(300 - len(pieces) - len(words))]
+    scores = [0.0] * 259 + [-10.0, -10.0, -10.0, -10.0, -2.0, -1.0, -3.0, -10.0] + [-99.0] * 33
+    with path.open("wb") as file:
+        file.write(struct.pack("i", 10))
+        for piece, score in zip(pieces, scores, strict=True):
+            file.write(struct.pack("fi", score, len(piece)) + piece)
+
+
+def write_model(path, header=HEADER, seed=0):
+    width, hidden, layers, heads, kv_heads, vocabulary, context = header
+    kv_width = width // heads * kv_heads
+    block = 2 * width + 2 * width * width + 2 * kv_width * width + 3 * hidden * width
+    tables = context * width // heads
+    count = abs(vocabulary) * width * (2 if vocabulary < 0 else 1) + layers * block + width + tables
+    numbers = np.random.default_rng(seed).normal(0, 0.2, count).astype("<f4")
+    path.write_bytes(struct.pack("7i", *header) + numbers.tobytes())
+    return numbers
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_model(tmp_path / "tiny.bin")
+    write_tokenizer(tmp_path / "tok.bin")
+    return tmp_path
+
+
+def test_weights_are_where_the_format_has_them(tmp_path):
+    numbers = torch.from_numpy(write_model(tmp_path / "m.bin", (16, 24, 2, 4, 2, -300, 64)).copy())
+    model = llama2c.read_model(tmp_path / "m.bin")
+    assert torch.equal(model.model.embed_tokens.weight, numbers[:4800].view(300, 16))
+    assert torch.equal(model.lm_head.weight, numbers[-4800:].view(300, 16))
+    assert torch.equal(model.model.layers[1].input_layernorm.weight, numbers[4816:4832])
+    # Row 1 of a head of 4 is the second of its first pair there, and the first of its second half here.
+    wq = numbers[4832 : 4832 + 256].view(16, 16)
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight[2], wq[1])
+    assert torch.equal(model.model.layers[0].self_attn.q_proj.weight[1], wq[2])
+
+
+def test_a_file_that_is_too_short(tmp_path):
+    (tmp_path / "m.bin").write_bytes(struct.pack("7i", *HEADER) + b"\0" * 40)
+    with pytest.raises(ValueError, match=r"must hold \d+ weights, as its header says: it holds 10"):
+        llama2c.read_model(tmp_path / "m.bin")
+    (tmp_path / "m.bin").write_bytes(b"12345")
+    with pytest.raises(ValueError, match="must start with a header of 28 bytes: it has 5"):
+        llama2c.read_model(tmp_path / "m.bin")
+
+
+def test_tokens_are_merged_by_score_within_words(folder):
+    tokenizer = llama2c.Tokenizer(folder / "tok.bin")
+    # "ab" scores higher than " a", and then " ab" is made of " " and "ab".
+    assert tokenizer.encode("ab a") == [1, 265, 263]
+    assert tokenizer.encode("cé\n日") == [1, 259, 262, 266, 3 + 10, *(3 + byte for byte in "日".encode())]
+    for text in ("ab a", "a  b\n\nc", "cé\n日本"):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_every_arm_and_seed(folder, capsys):
+    text = folder / "text.txt"
+    text.write_text("ab a c b cab " * 400)
+    options = retrofit.Options(folder, text, folder / "out", seeds=2, steps=3, batch=2, length=16, held_out=4)
+    results = retrofit.main(options)
+    assert [(r.arm, r.seed) for r in results] == [(arm, seed) for seed in range(2) for arm in retrofit.ARMS]
+    for result in results:
+        # Before, all arms are the trained model: the gain starts at zero.
+        assert result.before == results[0].before
+        assert result.after < result.before
+        assert set(result.gains) == ({1, 2} if result.arm == retrofit.RETROFIT else set())
+        assert result.steps >= 1 if result.arm == retrofit.SECONDS else result.steps == 3
+    rows = [json.loads(line) for line in (folder / "out" / "results.jsonl").read_text().splitlines()]
+    assert [row["after"] for row in rows] == [result.after for result in results]
+    assert rows[0]["options"]["steps"] == 3
+    said = capsys.readouterr().out
+    assert "twicing - standard, equal steps:" in said
+    assert "n = 2 seeds" in said
+    assert "What was learned" in said
+
+
+def test_equal_steps_see_the_same_batches(folder):
+    model, encode = retrofit.load(folder)
+    tokens = torch.tensor(encode("ab a c b cab " * 100))
+    options = retrofit.Options(folder, folder, folder, steps=4, batch=2, length=16, gain_rate=0.0)
+    import copy
+
+    def run(arm, seed):
+        twin = copy.deepcopy(model)
+        return retrofit.fine_tune(twin, arm, seed, tokens, tokens[:68].view(4, 17), options, None)
+
+    # With gains that cannot learn, twicing is standard attention to the last digits.
+    assert run(retrofit.RETROFIT, 3).after == pytest.approx(run(retrofit.STANDARD, 3).after, abs=1e-5)
+    assert run(retrofit.STANDARD, 3).after != run(retrofit.STANDARD, 4).after
+
+
+def test_equal_seconds_stop_the_clock(folder):
+    model, encode = retrofit.load(folder)
+    tokens = torch.tensor(encode("ab a c b cab " * 100))
+    options = retrofit.Options(folder, folder, folder, steps=1000, batch=2, length=16)
+    result = retrofit.fine_tune(model, retrofit.SECONDS, 0, tokens, tokens[:68].view(4, 17), options, 0.2)
+    assert 0.2 <= result.seconds < 0.6
+    assert 1 <= result.steps < 1000
+
+
+def test_what_is_missing_is_said(folder):
+    text = folder / "text.txt"
+    text.write_text("ab a")
+    with pytest.raises(ValueError, match=r"must hold at least 170 tokens, .*: it holds 3\."):
+        retrofit.main(retrofit.Options(folder, text, folder / "out", length=16))
+    write_model(folder / "second.bin")
+    with pytest.raises(ValueError, match=r"must hold one NAME\.bin and one tok\*\.bin: it holds 2, 1"):
+        retrofit.load(folder)
+
+
+def test_differences_in_words():
+    from twicing.experiments.statistics import paired_difference
+
+    clear = paired_difference({0: 1.0, 1: 1.1, 2: 1.2}, {0: 0.5, 1: 0.61, 2: 0.7})
+    assert retrofit.said(clear).startswith("-0.4967 [-0.5")
+    assert "no difference" not in retrofit.said(clear)
+    none = paired_difference({0: 1.0, 1: 1.1, 2: 1.2}, {0: 1.1, 1: 1.0, 2: 1.21})
+    assert "no difference shown (smallest showable: +-" in retrofit.said(none)
+    assert "no interval" in retrofit.said(paired_difference({0: 1.0}, {0: 0.5}))
+    assert retrofit.said(None) == "no seed in common"
