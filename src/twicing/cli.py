@@ -16,15 +16,17 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"twicing: the commands need {error.name}, which is missing: pip install 'twicing[lab]'") from None
 
+from twicing.experiments.analyze.options import Analyze
+from twicing.experiments.bench.linear_options import LinearOptions
 from twicing.experiments.bench.options import DecodeOptions, ModelOptions, OpsOptions
+from twicing.experiments.diagnose.options import Diagnose
 from twicing.experiments.evaluate.options import Evaluate
 from twicing.experiments.theory.options import TheoryOptions
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from twicing.experiments.plan import Resources
-    from twicing.training.recipe import Recipe
+    from twicing.experiments.plan import AnyRecipe, Resources
 
 Settings = Annotated[
     tuple[str, ...],
@@ -44,8 +46,9 @@ class Compare:
     """
 
     recipe: Positional[str] = "digits"
-    """What to train on what: digits (scikit-learn's handwritten digits, no download), mnist, cifar10, imagefolder, or
-    imagenet_deit_tiny, which read their images from --data-dir."""
+    """What to train on what. Images: digits (scikit-learn's handwritten digits, no download), mnist, cifar10,
+    imagefolder, imagenet_deit_tiny. Language: text_demo (Python's own documentation, no download), ptb, imdb_lm,
+    wikitext103_10m, wikitext103_small, wikitext103_medium, wikitext103_linear. All but the two read --data-dir."""
     mechanisms: tuple[str, ...] = ("standard", "twicing")
     """Mechanisms by name, or your own by import path, as in my_pkg.my_file:MyAttention, which is checked before it
     trains. NAME@LAYERS places one, as in twicing@10-12."""
@@ -58,7 +61,8 @@ class Compare:
     """Add the five controls: standard for equal time, standard widened to equal multiply-adds, two attentions a block,
     smooth-more (A^2 V), and standard against standard with other seeds (the noise floor)."""
     data_dir: Path | None = None
-    """Where the recipe's images are: mnist.npz or its folder; train and test folders, or archives of them."""
+    """Where the recipe's data are: mnist.npz or its folder; train and test folders of images, or archives of them; the
+    folder with train, valid and test texts."""
     jobs: int | None = None
     """Trainings side by side, each on one thread; as many as there are cores by default. Changes no result."""
     accelerator: str | None = None
@@ -82,7 +86,8 @@ class Train:
     """
 
     recipe: Positional[str] = "digits"
-    """What to train on what: digits, mnist, cifar10, imagefolder, imagenet_deit_tiny."""
+    """What to train on what: digits, mnist, cifar10, imagefolder, imagenet_deit_tiny; text_demo, ptb, imdb_lm,
+    wikitext103_10m, wikitext103_small, wikitext103_medium, wikitext103_linear."""
     mechanism: str = "standard"
     """A mechanism by name, or your own by import path, as in my_pkg.my_file:MyAttention."""
     layers: str = "all"
@@ -93,7 +98,8 @@ class Train:
     seed: int = 0
     """Decides weights, data order, and the fold that is held out."""
     data_dir: Path | None = None
-    """Where the recipe's images are: mnist.npz or its folder; train and test folders, or archives of them."""
+    """Where the recipe's data are: mnist.npz or its folder; train and test folders of images, or archives of them; the
+    folder with train, valid and test texts."""
     accelerator: str | None = None
     """cpu, gpu or auto; the CPU by default for small images."""
     precision: str = "32-true"
@@ -129,13 +135,16 @@ class Bench:
         Annotated[OpsOptions, tyro.conf.subcommand("ops")]
         | Annotated[DecodeOptions, tyro.conf.subcommand("decode")]
         | Annotated[ModelOptions, tyro.conf.subcommand("model")]
+        | Annotated[LinearOptions, tyro.conf.subcommand("linear")]
     )
 
 
 Command = (
-    Annotated[Compare, tyro.conf.subcommand("compare")]
+    Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
+    | Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Analyze, tyro.conf.subcommand("analyze")]
     | Annotated[TheoryOptions, tyro.conf.subcommand("theory")]
     | Annotated[Bench, tyro.conf.subcommand("bench")]
     | Annotated[Env, tyro.conf.subcommand("env")]
@@ -169,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ) from None
 
 
-def _run(command: Compare | Train | Evaluate | TheoryOptions | Bench | Env, typed: str) -> None:
+def _run(command: Diagnose | Compare | Train | Evaluate | Analyze | TheoryOptions | Bench | Env, typed: str) -> None:
     # Imported here, so that --help and a misspelt option answer at once.
     from rich.console import Console
 
@@ -189,8 +198,8 @@ def _run(command: Compare | Train | Evaluate | TheoryOptions | Bench | Env, type
     # A mechanism by import path may be a file in the current folder, which a console script does not look into.
     if "" not in sys.path:
         sys.path.insert(0, "")
-    if isinstance(command, Evaluate):
-        _evaluate(command, console, typed)
+    if isinstance(command, Evaluate | Diagnose | Analyze):
+        _look_at(command, console, typed)
         return
     from twicing.experiments.processes import JobFailedError
 
@@ -202,10 +211,10 @@ def _run(command: Compare | Train | Evaluate | TheoryOptions | Bench | Env, type
 
 def _compare(command: Compare, console: Console, typed: str) -> None:
     from twicing.experiments.compare import compare, cores
-    from twicing.training.recipe import find_recipe
+    from twicing.experiments.programmes import find_any_recipe
     from twicing.training.settings import apply_settings
 
-    recipe = apply_settings(find_recipe(command.recipe), command.set)
+    recipe = apply_settings(find_any_recipe(command.recipe), command.set)
     compare(
         recipe,
         command.mechanisms,
@@ -222,11 +231,11 @@ def _compare(command: Compare, console: Console, typed: str) -> None:
 
 def _train(command: Train, console: Console, typed: str) -> None:
     from twicing.experiments.compare import train
+    from twicing.experiments.programmes import find_any_recipe
     from twicing.training.hardware import process_rank
-    from twicing.training.recipe import find_recipe
     from twicing.training.settings import apply_settings, parse_options
 
-    recipe = apply_settings(find_recipe(command.recipe), command.set)
+    recipe = apply_settings(find_any_recipe(command.recipe), command.set)
     hardware = {"devices": command.devices, "num_nodes": command.num_nodes, "strategy": command.strategy}
     results = train(
         recipe,
@@ -243,7 +252,7 @@ def _train(command: Train, console: Console, typed: str) -> None:
         print(f"Results: {results}")
 
 
-def _resources(recipe: Recipe, command: Compare | Train, **hardware: Any) -> Resources:
+def _resources(recipe: AnyRecipe, command: Compare | Train, **hardware: Any) -> Resources:
     from twicing.experiments.plan import Resources
     from twicing.training.hardware import default_hardware
 
@@ -252,13 +261,22 @@ def _resources(recipe: Recipe, command: Compare | Train, **hardware: Any) -> Res
     return Resources(command.data_dir, hardware=dataclasses.replace(default_hardware(recipe), **given))
 
 
-def _evaluate(command: Evaluate, console: Console, typed: str) -> None:
-    from twicing.experiments.evaluate.run import evaluate
+def _look_at(command: Evaluate | Diagnose | Analyze, console: Console, typed: str) -> None:
+    if isinstance(command, Evaluate):
+        from twicing.experiments.evaluate.run import evaluate
 
-    evaluate(command, console, typed)
+        evaluate(command, console, typed)
+    elif isinstance(command, Diagnose):
+        from twicing.experiments.diagnose.run import run as diagnose
+
+        diagnose(command, typed, console)
+    else:
+        from twicing.experiments.analyze.run import run as analyze
+
+        analyze(command, typed, console)
 
 
-def _bench(options: OpsOptions | DecodeOptions | ModelOptions, console: Console) -> None:
+def _bench(options: OpsOptions | DecodeOptions | ModelOptions | LinearOptions, console: Console) -> None:
     from twicing.experiments.bench.rich_screen import RichScreen
 
     screen = RichScreen(console)
@@ -270,6 +288,10 @@ def _bench(options: OpsOptions | DecodeOptions | ModelOptions, console: Console)
         from twicing.experiments.bench.decode import bench_decode
 
         finished = bench_decode(options, screen)
+    elif isinstance(options, LinearOptions):
+        from twicing.experiments.bench.linear import bench_linear
+
+        finished = bench_linear(options, screen)
     else:
         from twicing.experiments.bench.model import bench_model
 

@@ -307,7 +307,7 @@ def test_a_run_of_another_version_is_refused(copied):
     write_json(copied / "config.json", config)
     with pytest.raises(
         ValueError,
-        match=r"made by another version of twicing \(recipe.drop_path is missing there\): evaluate it with that one",
+        match=r"made by another version of twicing \(recipe.drop_path is missing there\): use that one",
     ):
         run_evaluation(dataclasses.replace(QUICK, model=str(copied)))
 

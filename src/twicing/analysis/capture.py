@@ -74,13 +74,7 @@ def capture(model: nn.Module, *, reduce: Callable[[Tensor], Tensor] = _keep) -> 
     Raises ValueError for a model without attention layers that the library knows, or a compiled one; RuntimeError at
     the end where nothing, or not every layer, was captured.
     """
-    _refuse_compiled(model)
-    sites = find_sites(model)
-    if not sites:
-        raise ValueError(
-            f"no attention layers were found in {type(model).__name__}, so there is nothing to capture: "
-            "twicing.describe(model) says what the library sees of a model."
-        )
+    sites = sites_to_look_into(model)
     captured = Captured(tuple(site.layer for site in sites))
     handles: list[RemovableHandle] = []
     try:
@@ -95,9 +89,7 @@ def capture(model: nn.Module, *, reduce: Callable[[Tensor], Tensor] = _keep) -> 
 
 def _attach(site: AttentionSite, captured: Captured, reduce: Callable[[Tensor], Tensor]) -> list[RemovableHandle]:
     def record(where: str, tokens: object) -> None:
-        # Inside a backward a forward is activation checkpointing's recomputation: it was recorded the first time.
-        # torch.utils.checkpoint asks the same question in the same way; there is no public one.
-        if torch._C._current_graph_task_id() != -1:
+        if in_backward():
             return
         tokens = tokens[0] if isinstance(tokens, (tuple, list)) else tokens
         if not isinstance(tokens, Tensor):
@@ -117,6 +109,29 @@ def _attach(site: AttentionSite, captured: Captured, reduce: Callable[[Tensor], 
         site.merge.register_forward_pre_hook(before_merge),
         site.block.register_forward_hook(after_block),
     ]
+
+
+def in_backward() -> bool:
+    """Whether a backward is under way, in which a forward is a recomputation by activation checkpointing.
+
+    It was recorded the first time. torch.utils.checkpoint asks in the same way; there is no public one.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+def sites_to_look_into(model: nn.Module) -> list[AttentionSite]:
+    """The attention layers of a model whose hooks will fire.
+
+    Raises ValueError where there are none that the library knows, or where a part is compiled or scripted.
+    """
+    _refuse_compiled(model)
+    sites = find_sites(model)
+    if not sites:
+        raise ValueError(
+            f"no attention layers were found in {type(model).__name__}, so there is nothing to capture: "
+            "twicing.describe(model) says what the library sees of a model."
+        )
+    return sites
 
 
 def _refuse_compiled(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from twicing.experiments import corruption_bars, figures, training_figures
+from twicing.experiments.analyze.section import report_section
 from twicing.experiments.attack_tables import stronger_attacks, transfer_matrices
 from twicing.experiments.costs import costs
 from twicing.experiments.drawing import arm_styles
@@ -25,11 +26,12 @@ from twicing.experiments.findings import (
     read_run,
 )
 from twicing.experiments.masking_verdicts import verdict_on
-from twicing.experiments.metrics import ACCURACY
+from twicing.experiments.metrics import ACCURACY, is_perplexity
 from twicing.experiments.published_beside import published_beside
 from twicing.experiments.results import BASELINE, replace_file, select
 from twicing.experiments.sentences import caveats, in_short, missing_seeds, was_attacked
 from twicing.experiments.statistics import number, p_text, signed
+from twicing.experiments.word_swap_figure import word_swap
 
 PAPERS = (
     (
@@ -54,7 +56,7 @@ def write_report(run_folder: Path) -> Path:
     Parts that have no records are left out. Returns the path of the report.
     Raises FileNotFoundError where the two files are not there, ValueError where they do not fit together.
     """
-    page = _page(read_run(run_folder), evaluation_section(run_folder / EVALUATION))
+    page = _page(read_run(run_folder), evaluation_section(run_folder / EVALUATION), report_section(run_folder))
     path = run_folder / REPORT
     replace_file(path, lambda file: file.write(page.encode()))
     return path
@@ -85,7 +87,7 @@ def _in_words(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _page(run: Run, section: EvaluationSection | None) -> str:
+def _page(run: Run, section: EvaluationSection | None, analysis: Markup | None) -> str:
     environment = Environment(
         loader=PackageLoader("twicing.experiments"),
         autoescape=True,
@@ -120,8 +122,10 @@ def _page(run: Run, section: EvaluationSection | None) -> str:
         transfers=transfer_matrices(run),
         compat=figures.paper_compat(run.records, styles, config.get("recipe", {}).get("std", ())),
         corruptions=corruption_bars.bars(run.records, styles),
+        swapped=word_swap(run.records, styles),
         corruption_table=corruption_bars.table(run),
         section=section,
+        analysis=analysis,
         training=training_figures.training(run.records, styles),
         seconds=training_figures.against_seconds(run.records, styles),
         costs=costs(run),
@@ -144,7 +148,7 @@ def _page(run: Run, section: EvaluationSection | None) -> str:
 def _exploratory(run: Run) -> list[tuple[str, list[Row]]]:
     """The exploratory comparisons under headings. Transfer has its matrix: it compares pairs, not with standard."""
     groups: dict[str, list[Measure]] = {
-        "Accuracy, attacks and time": [],
+        "Perplexity and time" if is_of_text(run) else "Accuracy, attacks and time": [],
         "Corruptions, generated": [],
         "Similarity and rank, by layer": [],
     }
@@ -155,6 +159,11 @@ def _exploratory(run: Run) -> list[tuple[str, list[Row]]]:
             group = by_layer if "layer" in measure.conditions else corrupted if threat == "corruption" else general
             group.append(measure)
     return [(title, exploratory_rows(run, measures)) for title, measures in groups.items()]
+
+
+def is_of_text(run: Run) -> bool:
+    """Whether language models were compared."""
+    return any(is_perplexity(record.metric) for record in run.records)
 
 
 def _images(run: Run, threat: str) -> str:

@@ -1,6 +1,5 @@
 """What is evaluated: the trained models of a run folder, each with its held-out images and its own choice of probes."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +8,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from twicing.data.images import Images
-from twicing.experiments.arms import Arm
 from twicing.experiments.evaluate.weights import fingerprint
-from twicing.experiments.job import part_file
-from twicing.experiments.plan import CONFIG, Job, Plan, Resources, first_difference
-from twicing.experiments.results import read_json
-from twicing.experiments.run import DATA_CACHE
+from twicing.experiments.plan import Job
+from twicing.experiments.trained import trained_jobs
 from twicing.experiments.vision_job import converted_model
 from twicing.training.checkpoint import CHECKPOINT
 from twicing.training.choice import balanced_order
 from twicing.training.classification import load_trained
-from twicing.training.recipe import Recipe, find_recipe
+from twicing.training.recipe import Recipe
 from twicing.training.split import load_split
 
 
@@ -89,30 +85,16 @@ def trained_subjects(run: Path, data_dir: Path | None) -> tuple[list[Subject], l
     data_dir: where the recipe's images are now; by default where they were.
     Raises ValueError where the folder is of something else or another version, or holds no trained model.
     """
-    config = read_json(run / CONFIG)
-    try:
-        recipe: Recipe = _rebuilt(find_recipe(config["recipe_name"]), config["recipe"])
-        plan = Plan(recipe, tuple(Arm(**arm) for arm in config["arms"]), tuple(config["seeds"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{run / CONFIG} is not of a comparison or training of this version ({error!r}).") from error
-    wanted = {key: value for key, value in plan.identity().items() if key in ("recipe", "arms", "seeds")}
-    difference = first_difference(config, wanted)
-    if difference:
-        raise ValueError(f"{run} was made by another version of twicing ({difference}): evaluate it with that one.")
-    where = data_dir or (Path(config["data_dir"]) if config.get("data_dir") else None)
-    jobs = plan.jobs(run, Resources(where, cache=run / DATA_CACHE))
-    trained = [job for job in jobs if part_file(job, "training").exists() and (job.folder / CHECKPOINT).exists()]
-    if not trained:
-        raise ValueError(f"{run} holds no trained model yet: give the command that made it to go on.")
-    # In the order of the arms, not of the trainings.
-    places = {arm.label: place for place, arm in enumerate(plan.arms)}
-    trained.sort(key=lambda job: (places[job.arm.label], job.seed))
-    return [_subject(job) for job in trained], [job.name for job in jobs if job not in trained]
+    jobs, untrained = trained_jobs(run, data_dir)
+    if any(not isinstance(job.recipe, Recipe) for job in jobs):
+        raise ValueError(f"{run} holds language models, and images are needed here: `twicing diagnose` takes both.")
+    return [_subject(job) for job in jobs], untrained
 
 
 def _subject(job: Job) -> Subject:
-    draw_seed = job.seed + job.arm.seed_offset
-    evaluation = job.recipe.evaluation
+    assert isinstance(job.recipe, Recipe)  # trained_subjects() saw to it
+    recipe, draw_seed = job.recipe, job.seed + job.arm.seed_offset
+    evaluation = recipe.evaluation
 
     def build() -> nn.Module:
         model = converted_model(job, draw_seed)
@@ -120,7 +102,7 @@ def _subject(job: Job) -> Subject:
         return model.eval()
 
     def held_out() -> HeldOut:
-        split = load_split(job.recipe, job.seed, job.resources.data_dir, job.resources.cache)
+        split = load_split(recipe, job.seed, job.resources.data_dir, job.resources.cache)
         return HeldOut(split.test, split.test_index, balanced_order(split.test.labels))
 
     return Subject(
@@ -130,23 +112,11 @@ def _subject(job: Job) -> Subject:
         layers=job.arm.layers,
         control=job.arm.control,
         folder_name=job.folder.name,
-        classes=job.recipe.classes,
-        image_size=job.recipe.image_size,
+        classes=recipe.classes,
+        image_size=recipe.image_size,
         names_classes=True,
         weights=f"{CHECKPOINT} {fingerprint(job.folder / CHECKPOINT)}",
-        protocol=Protocol(job.recipe.name, job.recipe.std, evaluation.eps, evaluation.noise, evaluation.verdict_eps),
+        protocol=Protocol(recipe.name, recipe.std, evaluation.eps, evaluation.noise, evaluation.verdict_eps),
         build=build,
         held_out=held_out,
     )
-
-
-def _rebuilt(config: Any, values: dict[str, Any]) -> Any:
-    """The recipe with the values that a config.json keeps; its parts are dataclasses again, its lists tuples."""
-    changes = {}
-    for name, value in values.items():
-        old = getattr(config, name)
-        if isinstance(value, dict) and dataclasses.is_dataclass(old):
-            changes[name] = _rebuilt(old, value)
-        else:
-            changes[name] = tuple(value) if isinstance(value, list) else value
-    return dataclasses.replace(config, **changes)

@@ -1,0 +1,67 @@
+"""Where in the image attention goes: a row of an attention matrix, laid out as the grid of patches.
+
+Fused kernels never form A; attention_inputs.py computes it again from queries and keys.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from twicing.analysis.capture import sites_to_look_into
+
+# 6 x 6: with fewer a patch is more than a sixth of the picture each way, as large as the things in it, and a map
+# cannot say where in it attention goes. The 4 x 4 patches of the recipes for small images are too few.
+FEWEST_PATCHES = 36
+
+
+@dataclass(frozen=True)
+class Patches:
+    """How tokens lie on the image: prefix tokens first (class token, registers), then rows x columns patches."""
+
+    prefix: int
+    rows: int
+    columns: int
+
+    @property
+    def enough(self) -> bool:
+        """Whether there are enough for a heat map to mean something."""
+        return self.rows * self.columns >= FEWEST_PATCHES
+
+    @property
+    def whose(self) -> str:
+        """Whose attention a map shows, in words."""
+        return "the class token's" if self.prefix else "the patches', on average (there is no class token)"
+
+    def laid_out(self, matrices: Tensor) -> Tensor:
+        """The map [..., rows, columns] of matrices [..., N, N]: what the class token, token 0, takes from each patch.
+
+        Without a class token, the mean over the patches that take. What goes to the prefix tokens themselves is not
+        on the map, so a map of A sums to less than 1.
+        Raises ValueError where the tokens are not these.
+        """
+        tokens = self.prefix + self.rows * self.columns
+        if matrices.shape[-2:] != (tokens, tokens):
+            raise ValueError(
+                f"a map of {self.rows} x {self.columns} patches and {self.prefix} prefix tokens is made of matrices "
+                f"[..., {tokens}, {tokens}]: got {list(matrices.shape)}."
+            )
+        taken = matrices[..., 0, :] if self.prefix else matrices.mean(-2)
+        return taken[..., self.prefix :].unflatten(-1, (self.rows, self.columns))
+
+
+def patches_of(model: nn.Module) -> Patches:
+    """How the tokens of a vision transformer lie on its image.
+
+    Read from what holds its blocks: `patch_embed.grid_size` and `num_prefix_tokens`, as timm names them.
+    Raises ValueError where these are not there, so that no map can be drawn.
+    """
+    path = sites_to_look_into(model)[0].stack
+    holder = model.get_submodule(path.rpartition(".")[0])
+    grid = getattr(getattr(holder, "patch_embed", None), "grid_size", None)
+    prefix = getattr(holder, "num_prefix_tokens", None)
+    if grid is None or prefix is None:
+        raise ValueError(
+            f"{type(holder).__name__} does not say how its tokens lie on the image (patch_embed.grid_size and "
+            "num_prefix_tokens, as timm's vision transformers do), so there is no map of it."
+        )
+    return Patches(int(prefix), int(grid[0]), int(grid[1]))

@@ -1,0 +1,1 @@
+"""`twicing analyze`: what the attention of trained models is like inside."""

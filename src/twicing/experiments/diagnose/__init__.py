@@ -1,0 +1,1 @@
+"""`twicing diagnose`: does this model collapse? By layer, against its own random initialisation, with a verdict."""
