@@ -20,7 +20,8 @@ what it shows. Primary metrics were declared before the run, and their words are
 primary metrics; all other words are uncorrected. Controls test the experiment and are outside of the correction.
 "No difference shown" is not "equal": the smallest difference that could have been shown stands beside it. eps50 is the
 median over images of the smallest PGD eps that fools the model, a share of the pixel range. Robustness counts as
-established only where no check found a sign of gradient masking."""
+established only where no check found a sign of gradient masking. Step ratios are of trainings that ran side by side
+while the machine did other work as well, which their intervals show; `twicing bench model` times steps properly."""
 
 
 def page(folders: Sequence[Path]) -> str:

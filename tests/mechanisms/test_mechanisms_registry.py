@@ -50,7 +50,7 @@ def test_an_import_path_leads_to_classes_inner_classes_and_functions(own_package
             "twicng",
             r"Unknown mechanism 'twicng': known are .*'standard', 'twicing'.*\. Did you mean 'twicing'\? Your own",
         ),
-        ("zzz", r"Unknown mechanism 'zzz': known are .*'twicing'.*\. Your own goes by its import path, 'package.file:C"),
+        ("zzz", r"Unknown mechanism 'zzz': known are .*'twicing'.*\. Your own goes by its import path, 'package\.file"),
         (
             "own_pkg.attention:",
             "An import path of a mechanism looks like 'package.file:Class': got 'own_pkg.attention:'",
