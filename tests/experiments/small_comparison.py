@@ -1,5 +1,6 @@
 """A comparison that takes seconds, the commands that make it, and what is looked up in its folder."""
 
+import signal
 import subprocess
 import sys
 
@@ -32,6 +33,13 @@ def arguments(folder, *more, jobs=2):
         *("compare", "digits", "--seeds", "2", "--out", str(folder)),
         *("--jobs", str(jobs), "--set", *SMALL, *more),
     ]
+
+
+def started(command_line, **streams):
+    """Start it in a group of its own, where it hears Ctrl-C: who started the tests may have let it ignore that."""
+    return subprocess.Popen(
+        command_line, start_new_session=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **streams
+    )
 
 
 def run(command_line, **options):

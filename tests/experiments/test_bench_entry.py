@@ -8,8 +8,8 @@ from twicing.experiments.bench.__main__ import main
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "Unknown benchmark '': known are 'ops', 'decode', 'model'."),
-        (["op"], "Unknown benchmark 'op': known are 'ops', 'decode', 'model'. Did you mean 'ops'?"),
+        ([], "Unknown benchmark '': known are 'ops', 'decode', 'model', 'linear'."),
+        (["op"], "Unknown benchmark 'op': known are 'ops', 'decode', 'model', 'linear'. Did you mean 'ops'?"),
         (["ops", '{"shape": []}'], "Unknown option 'shape': known are .*Did you mean 'shapes'?"),
         (["ops", "{shapes}"], "Expecting property name"),
         (["decode", '{"groups": [3]}'], "--groups must divide --heads: got 3 and 8."),

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from small_comparison import command, numbers, right, run, stamps
+from small_comparison import command, numbers, right, run, stamps, started
 
 
 @pytest.mark.slow
@@ -22,9 +22,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_numbers(tmp_path):
     kills = 0
     for _ in range(4):
         before = stamps(killed)
-        process = subprocess.Popen(
-            command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
+        process = started(command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         # Once it has got on (a part or an epoch more than before), at a random moment.
         while stamps(killed) == before and process.poll() is None and time.monotonic() < deadline:
@@ -67,9 +65,7 @@ def workers_of(folder):
 
 def test_ctrl_c_stops_with_a_sentence_and_nothing_is_lost(tmp_path):
     stopped = tmp_path / "stopped"
-    process = subprocess.Popen(
-        command(stopped), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = started(command(stopped), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert wait_until(lambda: bool(stamps(stopped)) or process.poll() is not None, 60)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
@@ -107,9 +103,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, limit):
 def test_a_killed_worker_is_an_error_and_ends_the_others(tmp_path):
     """As when memory runs out; the parent notices, says which one, and leaves no process behind."""
     folder = tmp_path / "run"
-    process = subprocess.Popen(
-        command(folder, "epochs=200"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    process = started(command(folder, "epochs=200"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert wait_until(lambda: len(workers_of(folder)) == 2, 60), "trainings are not side by side"
         assert wait_until(lambda: len(stamps(folder)) >= 2, 60)
@@ -128,11 +122,10 @@ def test_a_killed_worker_is_an_error_and_ends_the_others(tmp_path):
 def test_workers_end_with_their_parent_even_while_they_are_silent(tmp_path, end):
     """A worker in a long attack writes no message, so that no broken pipe tells it that its parent is gone."""
     folder = tmp_path / "run"
-    process = subprocess.Popen(
+    process = started(
         command(folder, "epochs=1", "evaluation.pgd_steps=1000000"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        start_new_session=True,
     )
     try:
         assert wait_until(lambda: len(list(folder.glob("*/fgsm.json"))) == 2, 60)
