@@ -71,6 +71,8 @@ def digits() -> Recipe:
         weight_decay=0.05,
         warmup_share=0.2,
         primary=(EPS50, CLEAN, SIMILARITY),
+        # A verdict on all the images that the other recipes take would last as long as two trainings.
+        evaluation=Evaluation(verdict_images=60, spsa_images=10),
         fixed=("image_size", "channels", "classes", "dataset"),
     )
 
