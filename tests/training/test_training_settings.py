@@ -81,10 +81,10 @@ def test_settings_that_fit_each_other_need_not_fit_what_was_before(settings):
         ("evaluation.spsa_iterations=0", r"evaluation.spsa_iterations must be 1 or larger: got 0\."),
         ("evaluation.probes=-1", r"evaluation.probes must be 0 or larger: got -1\."),
         (
-            "evaluation.probes=99",
-            "evaluation.verdict_images are among the probes, of which there are 99: got 100. Lower",
+            "evaluation.probes=59",
+            "evaluation.verdict_images are among the probes, of which there are 59: got 60. Lower",
         ),
-        ("evaluation.spsa_images=101", "spsa_images are among the verdict_images, of which there are 100: got 101"),
+        ("evaluation.spsa_images=61", "spsa_images are among the verdict_images, of which there are 60: got 61"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_sentence(setting, message):
