@@ -80,6 +80,13 @@ def test_train_writes_its_results(run, tmp_path):
     assert '"gain": 0.5' in (out / "results.jsonl").read_text()
 
 
+def test_a_text_that_is_not_there_leaves_no_folder(run, tmp_path):
+    done = run("train", "ptb", "--data-dir", str(tmp_path / "nope"), "--out", str(tmp_path / "run"))
+    assert done.returncode == 1
+    assert "nope does not exist: give a text file, or a folder" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_missing_package_is_one_sentence():
     code = "import sys; sys.modules['tyro'] = None; import twicing.cli"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

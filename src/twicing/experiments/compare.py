@@ -20,6 +20,7 @@ from twicing.experiments.run import RESULTS, follow_training, run_plan
 from twicing.experiments.summary import print_summary
 from twicing.mechanisms.registry import find_mechanism
 from twicing.training.hardware import process_rank
+from twicing.training.language_data import find_text
 from twicing.training.recipe import Recipe
 from twicing.training.split import with_classes
 
@@ -115,7 +116,12 @@ def train(
 
 
 def _complete(recipe: AnyRecipe, resources: Resources | None) -> AnyRecipe:
-    return with_classes(recipe, resources.data_dir if resources else None) if isinstance(recipe, Recipe) else recipe
+    """The recipe with what its data decide. Data that are not there are refused here, before a folder is made."""
+    data_dir = resources.data_dir if resources else None
+    if isinstance(recipe, Recipe):
+        return with_classes(recipe, data_dir)
+    find_text(recipe, data_dir)
+    return recipe
 
 
 def cores() -> int:

@@ -242,7 +242,7 @@ class Environment:
     threads: int
 
 
-PACKAGES = ("twicing", "torch", "torchvision", "timm", "lightning", "numpy", "scipy", "scikit-learn")
+PACKAGES = ("twicing", "torch", "torchvision", "timm", "transformers", "lightning", "numpy", "scipy", "scikit-learn")
 
 
 def environment(device: torch.device | str = "cpu") -> Environment:

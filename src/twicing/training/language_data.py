@@ -21,7 +21,7 @@ def prepare_text(
     """
     limit = recipe.vocabulary if recipe.tokens == "bpe" else recipe.vocabulary_limit
     corpus = prepare_corpus(
-        _source(recipe, data_dir),
+        find_text(recipe, data_dir),
         folder,
         recipe.tokens,
         vocabulary_size=limit,
@@ -61,7 +61,8 @@ def probe_windows(recipe: LanguageRecipe, corpus: Corpus) -> Tensor:
     return corpus.test[: windows * recipe.length].view(windows, recipe.length).long()
 
 
-def _source(recipe: LanguageRecipe, data_dir: Path | None) -> TextSource:
+def find_text(recipe: LanguageRecipe, data_dir: Path | None) -> TextSource:
+    """Where the recipe's text is; nothing is read yet. Raises ValueError, one sentence, where it is not there."""
     needed = TEXTS[recipe.data]
     if needed is None:
         if data_dir is not None:

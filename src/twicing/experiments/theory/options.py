@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class TheoryOptions:
-    """Compute what the theory of twicing states, and where it ends: about a minute on two cores, no data needed.
+    """Compute what the theory of twicing states, and where it ends: about a minute on one core, no data needed.
 
     Writes theory.html with figures, results.json with every number, and claims.csv.
 
