@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,9 +10,11 @@ import torch
 from torch import nn
 
 from twicing.analysis.layer_similarity import layer_similarity
+from twicing.experiments import vision_job
 from twicing.experiments.arms import Arm, arms_under_test
 from twicing.experiments.controls import controls_of
 from twicing.experiments.job import part_file, parts_of, read_job, read_verdict, run_job, share_done
+from twicing.experiments.parts import Part
 from twicing.experiments.plan import Job, Plan
 from twicing.experiments.results import environment, select
 from twicing.experiments.vision_job import ADVERSARIAL, converted_model
@@ -326,3 +329,95 @@ def test_every_setting_is_part_of_the_plan(setting):
     arms = tuple(ARMS.values())
     changed = Plan(apply_settings(RECIPE, [setting]), arms, (0,)).identity()
     assert changed != Plan(RECIPE, arms, (0,)).identity()
+
+
+def test_a_verdict_has_the_settings_of_the_recipe_and_a_stream_of_its_own(tmp_path, monkeypatch):
+    asked = {}
+
+    def leave(file, model, images, labels, eps, **settings):
+        asked["adversarial"] = (eps, len(images), settings)
+        return Part()
+
+    def look(model, images, labels, eps, others, **settings):
+        asked["masking"] = (eps, len(images), settings)
+        return Part()
+
+    monkeypatch.setattr(vision_job, "leave_adversarial", leave)
+    monkeypatch.setattr(vision_job, "look_for_masking", look)
+    settings = ["verdict_images=30", "verdict_eps=1/40", "spsa_images=4", "spsa_samples=8", "spsa_iterations=3"]
+    recipe = apply_settings(RECIPE, [f"evaluation.{setting}" for setting in settings])
+    bench = vision_job.VISION.open(Job(recipe, ARMS["twicing"], SEED, tmp_path), lambda part, share: None)
+    bench.adversarial()
+    bench.masking()
+    eps, n, made = asked["adversarial"]
+    assert (eps, n, made["steps"]) == ("1/40", 30, 3)
+    assert made["generator"].initial_seed() == stream_seed(SEED, 20, 0)
+    eps, n, looked = asked["masking"]
+    # 20 steps whatever the recipe's pgd_steps: the verdict's rules are for PGD-20.
+    assert (eps, n, looked["steps"]) == ("1/40", 30, 20)
+    assert (looked["spsa_images"], looked["spsa_samples"], looked["spsa_iterations"]) == (4, 8, 3)
+    assert looked["generator"].initial_seed() == stream_seed(SEED, 21, 0)
+
+
+def test_pgd_and_its_bisection_have_the_settings_of_the_recipe(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(vision_job, "under_pgd", lambda *images, **settings: asked.update(settings) or Part())
+    bench = vision_job.VISION.open(Job(RECIPE, ARMS["twicing"], SEED, tmp_path), lambda part, share: None)
+    bench.pgd()
+    assert (asked["steps"], asked["restarts"]) == (3, 2)
+    assert asked["start"].initial_seed() == stream_seed(SEED, 4, 0)
+    assert asked["bisection"].initial_seed() == stream_seed(SEED, 4, 1)
+
+
+def test_eps50_is_refined_with_the_attack_of_the_sweep(monkeypatch):
+    from twicing.experiments import attacking
+
+    asked = {}
+
+    def median(model, images, labels, sweep, **settings):
+        asked.update(settings)
+        return SimpleNamespace(value=0.1, low=0.09, n=len(images))
+
+    monkeypatch.setattr(attacking, "eps50", median)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
+    start, bisection = generator(4, 0), generator(4, 1)
+    part = attacking.under_pgd(
+        model,
+        torch.rand(5, 1, 2, 2, generator=generator(0, 0)),
+        torch.arange(5) % 3,
+        ("1/32",),
+        steps=2,
+        restarts=3,
+        batch_size=4,
+        start=start,
+        bisection=bisection,
+    )
+    assert asked == {"steps": 2, "restarts": 3, "batch_size": 4, "generator": bisection}
+    assert (part.findings[-1].value, part.findings[-1].n) == (0.1, 5)
+
+
+def test_a_verdict_keeps_what_was_seen(judged):
+    """Every check's sentence and every accuracy, and each transfer counts the images of the verdict."""
+    kept = read_verdict(judged["twicing"])
+    accuracies = kept["accuracies"]
+    records, _ = read_job(judged["twicing"])
+    [record] = select(records, metric=ACCURACY, conditions={"threat": "transfer", "eps": "1/16", "from": "standard"})
+    assert (record.n, record.value) == (30, accuracies["transfer from standard"])
+    assert {"clean", "PGD-20", "PGD-100 x 5", "FGSM", "uniform noise", "PGD, any change"} <= set(accuracies)
+    seen = {check["name"]: check["seen"] for check in kept["checks"]}
+    assert f"PGD-20 {round(30 * accuracies['PGD-20'])} " in seen["longer attack"]
+    assert f"PGD {round(30 * accuracies['PGD-100 x 5'])}" in seen["transfer"]
+
+
+@pytest.mark.parametrize("classes", [20, 21])
+def test_the_five_best_guesses_count_where_there_are_more_than_twenty_classes(classes):
+    logits = torch.arange(classes, 0, -1.0).repeat(8, 1)
+    labels = torch.tensor([0, 0, 1, 4, 4, 5, 6, 7])
+    part = Part()
+    part.judge({"threat": "clean"}, logits, labels)
+    found = {finding.metric: (finding.value, finding.n) for finding in part.findings}
+    expected = {ACCURACY: (2 / 8, 8)}
+    if classes > 20:
+        expected["top-5 accuracy [share of images]"] = (5 / 8, 8)
+    assert found == expected
+    assert part.correct == {"clean": [True, True] + [False] * 6}

@@ -4,12 +4,14 @@ import copy
 import logging
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from linear_worst_case import two_classes, worst_margins
 from torch import nn
 
+from twicing.robustness import auto_attack as module
 from twicing.robustness.attacks import fgsm, pgd
 from twicing.robustness.auto_attack import FEWEST_CLASSES, auto_attack
 from twicing.robustness.threat import Threat
@@ -248,3 +250,44 @@ def test_without_the_package_the_error_names_the_extra(network, few, monkeypatch
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     with pytest.raises(ImportError, match=r"AutoAttack needs pyautoattack: pip install 'twicing\[lab\]'"):
         auto_attack(network, *few, Threat("1/16"))
+
+
+@pytest.mark.parametrize(("classes", "targets"), [(4, 3), (10, 9), (12, 9)])
+@pytest.mark.parametrize(
+    ("options", "version", "attacks"),
+    [
+        ({}, "standard", None),
+        ({"version": "plus"}, "plus", None),
+        ({"version": "rand"}, "rand", None),
+        ({"attacks": ["square", "apgd-ce"]}, "custom", ["square", "apgd-ce"]),
+    ],
+    ids=str,
+)
+def test_the_package_is_asked_for_what_was_asked_for(options, version, attacks, classes, targets, few, monkeypatch):
+    """The version or the attacks in their order, and for fab-t as many targets as for apgd-t."""
+    asked = []
+
+    class Package:
+        def __init__(self, model, **settings):
+            self.apgd, self.fab, self.apgd_targeted = (SimpleNamespace() for _ in range(3))
+            asked.append((self, settings))
+
+        def run_standard_evaluation(self, images, labels, batch_size):
+            return images, labels
+
+    monkeypatch.setattr(module, "_package", lambda: Package)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, classes).double()).eval()
+    labels = model(few[0]).argmax(1)
+    auto_attack(model, few[0], labels, Threat("1/16"), generator=seeded(), **options)
+    [(package, settings)] = asked
+    assert (settings["version"], settings["attacks"]) == (version, attacks)
+    assert (settings["norm"], settings["eps"]) == ("Linf", 1 / 16)
+    assert (package.apgd_targeted.n_target_classes, package.fab.n_target_classes) == (targets, targets)
+
+
+@pytest.mark.parametrize(("version", "classes"), [("rand", 2), ("plus", 3), ("standard", 3)])
+def test_every_version_names_all_its_attacks(version, classes, few):
+    """One that left an attack out would let a model through for which the package fails."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, classes).double()).eval()
+    with pytest.raises(ValueError, match=rf"(apgd-dlr|apgd-t) needs {classes + 1} classes or more"):
+        auto_attack(model, few[0], few[1] % classes, Threat("1/16"), version=version)

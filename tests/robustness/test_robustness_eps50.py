@@ -8,7 +8,7 @@ import torch
 from linear_worst_case import smallest_eps
 from torch import nn
 
-from twicing.robustness.attacks import pgd
+from twicing.robustness.attacks import PgdPlan, pgd
 from twicing.robustness.eps50 import FINEST, eps50
 from twicing.robustness.sweep import pgd_sweep
 from twicing.robustness.threat import Threat
@@ -253,3 +253,78 @@ def test_a_sweep_of_something_else_is_refused(network, linear_model, digits):
         eps50(network, images[:50], labels[:50], sweep)
     with pytest.raises(ValueError, match="same model, images and labels: it has other images right without an attack"):
         eps50(linear_model, images, labels, sweep)
+
+
+def test_the_attack_is_the_one_asked_for(network, digits, monkeypatch):
+    """Its settings, the generator's seed at every size, and no larger batch."""
+    images, labels = digits
+    attack = {
+        "steps": 2,
+        "restarts": 3,
+        "relative_step_size": 0.7,
+        "losses": ("margin",),
+        "random_start": True,
+        "batch_size": 13,
+    }
+    sweep = pgd_sweep(network, images, labels, ["1/16", "1/8"], **attack, generator=seeded())
+    runs, batches = [], []
+    run = PgdPlan.run
+
+    def recorded(plan, search, seed):
+        runs.append((plan.steps, plan.restarts, plan.relative_step_size, plan.losses, plan.random_start, seed))
+        run(plan, search, seed)
+
+    def model(images):
+        batches.append(len(images))
+        return network(images)
+
+    monkeypatch.setattr(PgdPlan, "run", recorded)
+    eps50(model, images, labels, sweep, **attack, generator=seeded(1))
+    expected = int(torch.randint(2**31, (), generator=seeded(1)))
+    assert set(runs) == {(2, 3, 0.7, ("margin",), True, expected)}
+    assert max(batches) == 13
+
+
+def test_a_sweep_of_no_change_alone_is_extended_to_the_whole_range():
+    model, images, labels = linear_case(40)
+    sweep = pgd_sweep(model, images, labels, ["0"], **OPTIMAL)
+    check(eps50(model, images, labels, sweep, **OPTIMAL), truth(model, images, labels))
+
+
+def test_the_bracket_is_the_narrowest_of_the_sweep(monkeypatch):
+    """Sizes beyond the first that loses half of the images add no attack."""
+    model, images, labels = linear_case(41)
+    sizes = []
+    run = PgdPlan.run
+
+    def recorded(plan, search, seed):
+        sizes.append(search.threat.eps)
+        run(plan, search, seed)
+
+    median = Fraction(truth(model, images, labels))
+    eps = [median * share for share in (Fraction(1, 2), Fraction(9, 10), Fraction(11, 10), 2, 4)]
+    sweep = pgd_sweep(model, images, labels, eps, **OPTIMAL)
+    monkeypatch.setattr(PgdPlan, "run", recorded)
+    eps50(model, images, labels, sweep, **OPTIMAL)
+    assert sizes[0] == median
+    assert all(eps[1] < size < eps[2] for size in sizes)
+
+
+def test_the_rounding_at_which_it_stops_is_of_the_pixel_scale():
+    """As test_it_stops_at_the_rounding_of_pixels, in pixels of 0 to 255."""
+    model, images, labels = linear_case(5)
+    with torch.no_grad():
+        model[1].weight[0] = model[1].weight[1] + 1.0
+        model[1].bias.zero_()
+        model[1].bias[0] = -8.0 + 1e-12
+    images, labels = torch.full((5, 1, 4, 4), 127.5, dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
+    wide = nn.Sequential(_Scale(), *model).eval()
+    sweep = pgd_sweep(wide, images, labels, ["255/8"], bounds=(0, 255), **OPTIMAL)
+    found = eps50(wide, images, labels, sweep, **OPTIMAL)
+    assert found.low == 0
+    assert float(FINEST) / 2 < found.high <= float(FINEST)
+
+
+class _Scale(nn.Module):
+    def forward(self, images):
+        return images / 255

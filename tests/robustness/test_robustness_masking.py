@@ -8,7 +8,7 @@ from torch import nn
 
 from twicing.data.digits import load_digits
 from twicing.robustness import masking
-from twicing.robustness.attacks import fgsm, pgd
+from twicing.robustness.attacks import PgdPlan, fgsm, pgd
 from twicing.robustness.masking import GRADIENT_CHECKS, MaskingCheck, MaskingVerdict, masking_verdict
 from twicing.robustness.search import AttackResult
 from twicing.robustness.spsa import spsa
@@ -467,3 +467,122 @@ def test_settings_without_sense_are_refused(options, message, network, half):
     settings = {"threat": Threat("1/16"), "transferred": {}} | options
     with pytest.raises(ValueError, match=message):
         masking_verdict(network, *half, **settings)
+
+
+def test_every_plan_has_the_settings_asked_for(network, half, monkeypatch):
+    white, black = [], []
+
+    class Recorded(PgdPlan):
+        def run(self, search, seed):
+            white.append((self.steps, self.restarts, self.losses, self.random_start, search.threat.eps))
+            super().run(search, seed)
+
+    class Script(masking.SpsaPlan):
+        def run(self, search, seed):
+            black.append((self.iterations, self.samples, self.learning_rate, self.delta))
+
+    monkeypatch.setattr(masking, "PgdPlan", Recorded)
+    monkeypatch.setattr(masking, "SpsaPlan", Script)
+    masking_verdict(
+        network,
+        *half,
+        Threat("1/16"),
+        transferred={},
+        steps=7,
+        strong_steps=9,
+        strong_restarts=2,
+        spsa_iterations=4,
+        spsa_samples=6,
+        spsa_learning_rate=0.02,
+        spsa_delta=0.03,
+        generator=seeded(),
+    )
+    both, eps = ("cross-entropy", "margin"), Threat("1/16").eps
+    assert white == [
+        (7, 1, ("cross-entropy",), True, eps),
+        (7, 1, ("margin",), True, eps),
+        (9, 2, both, True, eps),
+        (7, 1, both, True, 1),
+    ]
+    assert black == [(4, 6, 0.02, 0.03)]
+
+
+def test_each_attack_gets_those_that_the_one_before_left(network, half, other, monkeypatch):
+    """With what it left, and with random numbers of its own: two looks at one start would be one look."""
+    calls = []
+    attack = masking._Case.attack
+
+    def recorded(case, plan, seed, standing, threat=None):
+        result = attack(case, plan, seed, standing, threat)
+        calls.append((seed, standing, result.correct))
+        return result
+
+    monkeypatch.setattr(masking._Case, "attack", recorded)
+    examine(network, half, other)
+    seeds, standing, left = zip(*calls, strict=True)
+    assert torch.equal(standing[0], standing[1])
+    assert torch.equal(standing[2], left[0] & left[1])
+    # The unbounded attack and SPSA: on what the longer attack left.
+    assert torch.equal(standing[3], left[2])
+    assert torch.equal(standing[4], left[2])
+    assert seeds[0] == seeds[1]
+    assert len({seeds[0], seeds[2], seeds[4]}) == 3
+
+
+def test_other_bounds_give_the_same_verdict(network, half, other):
+    images, labels = half
+    expected = examine(network, half, other)
+    wide = Threat("255/16", bounds=(0, 255))
+    model = Masked(network, lambda x: x / 255).eval()
+    right = transfer(model, other * 255, images * 255, labels, wide)
+    spsa_scale = {"spsa_learning_rate": 2.55, "spsa_delta": 2.55}
+    verdict = masking_verdict(
+        model, images * 255, labels, wide, transferred={"linear": right}, generator=seeded(), **QUICK, **spsa_scale
+    )
+    assert verdict.passed, verdict.sentence
+    assert verdict.checks[3].seen.startswith("with eps = 255, where any image may be shown, PGD-20 leaves 0")
+    for name, accuracy in expected.accuracies.items():
+        assert verdict.accuracies[name] == pytest.approx(accuracy, abs=2 / 60), name
+
+
+def test_no_forward_is_of_more_images_than_a_batch(network, half, other):
+    seen = []
+
+    class Recorder(nn.Module):
+        def forward(self, images):
+            seen.append(len(images))
+            return network(images)
+
+    transferred = {"linear": transfer(network, other, *half, Threat("1/16"))}
+    quick = {"steps": 2, "strong_steps": 2, "strong_restarts": 1, "spsa_iterations": 1, "spsa_samples": 2}
+    masking_verdict(
+        Recorder().eval(), *half, Threat("1/16"), transferred=transferred, batch_size=13, generator=seeded(), **quick
+    )
+    assert max(seen) == 13
+
+
+@pytest.mark.parametrize(("size", "same"), [(0.9e-3, True), (1.1e-3, False)])
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_one_logit_of_one_image_that_moves_is_another_answer(offset, size, same):
+    """To 1/1000 of the logits' spread, whatever is added to all of them."""
+    flip = []
+
+    def model(images):
+        logits = torch.zeros(len(images), 4, dtype=torch.float64)
+        logits[:, 0], logits[:, 1] = 1, -1
+        # Of the last image, by turns; the spread is 2.
+        flip.append(1)
+        logits[images.amax((1, 2, 3)) > 0.6, 2] = size * 2 * (len(flip) % 2)
+        return logits + offset
+
+    images = torch.full((40, 1, 2, 2), 0.5, dtype=torch.float64)
+    images[-1] = 0.7
+    labels = torch.zeros(40, dtype=torch.int64)
+    case = masking._Case(model, images, labels, Threat("1/8"), 256, seeded(), print)
+    check = case.same_answer()
+    assert check.passed == same
+    assert check.seen.endswith("in logits that span 2")
+
+
+def test_one_image_that_spsa_breaks_is_enough(monkeypatch):
+    assert failed(scripted(monkeypatch, 200, {"spsa breaks": 1})) == {"SPSA"}

@@ -212,3 +212,32 @@ def test_nothing_is_left_behind(case):
     assert torch.equal(torch.random.get_rng_state(), state)
     assert all(parameter.grad is None for parameter in network.parameters())
     assert not images.requires_grad
+
+
+def test_five_classes_have_no_top_five():
+    images = torch.rand(3, 1, 2, 2, generator=seeded())
+    for classes in (5, 6):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(4, classes)).eval()
+        result = paper_compat(model, images, torch.tensor([0, 1, 2]), mean=(0.5,), std=(1.0,), eps="1/10", steps=1)
+        assert (result.correct_top5 is None) == (classes == 5)
+
+
+@pytest.mark.parametrize(("relative", "eps"), [(0.5, "1/10"), (2, "1/10"), (0.5, "5"), (1.0, "5"), (2, "40")])
+def test_one_step_is_of_its_size_whatever_the_images_range(relative, eps, case):
+    """Neither the pixels' range nor that of the normalised images holds it back, the ball alone does."""
+    result = attack(case, eps=eps, steps=1, relative_step_size=relative, random_start=False)
+    size = float(Fraction(eps))
+    change = (result.adversarial - normalised(case[1])).abs()
+    torch.testing.assert_close(change, torch.full_like(change, min(relative, 1) * size), rtol=1e-9, atol=0)
+
+
+def test_no_forward_is_of_more_images_than_a_batch(case):
+    network, images, labels = case
+    seen = []
+
+    def model(z):
+        seen.append(len(z))
+        return network(z)
+
+    attack((model, images, labels), steps=1, batch_size=7, generator=seeded())
+    assert max(seen) == 7

@@ -78,3 +78,26 @@ def test_one_rounding_is_no_offence(linear_model, digits):
         transfer(linear_model, outside, images, labels, THREAT),
         transfer(linear_model, (images + 0.125).clamp(0, 1), images, labels, THREAT),
     )
+
+
+@pytest.mark.parametrize("excess", [1e-5, 0.075])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_more_than_one_rounding_is_refused_in_either_direction(sign, excess, linear_model, digits):
+    images, labels = digits
+    outside = (images + sign * (0.125 + excess)).clamp(0, 1)
+    with pytest.raises(ValueError, match="must lie within eps = 1/8 of images"):
+        transfer(linear_model, outside, images, labels, THREAT)
+
+
+def test_one_rounding_is_of_the_pixel_scale(linear_model, digits):
+    images, labels = digits
+    wide = Threat("255/8", bounds=(0, 255))
+    for excess, fits in ((1e-4, True), (1e-3, False)):
+        outside = (images * 255 + 31.875 + excess).clamp(0, 255)
+        if fits:
+            right = transfer(lambda x: linear_model(x / 255), outside, images * 255, labels, wide)
+            inside = (images + 0.125).clamp(0, 1)
+            assert torch.equal(right, transfer(linear_model, inside, images, labels, THREAT))
+        else:
+            with pytest.raises(ValueError, match="must lie within eps = 255/8"):
+                transfer(lambda x: linear_model(x / 255), outside, images * 255, labels, wide)
