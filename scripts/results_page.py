@@ -21,7 +21,8 @@ primary metrics; all other words are uncorrected. Controls test the experiment a
 "No difference shown" is not "equal": the smallest difference that could have been shown stands beside it. eps50 is the
 median over images of the smallest PGD eps that fools the model, a share of the pixel range. Robustness counts as
 established only where no check found a sign of gradient masking. Step ratios are of trainings that ran side by side
-while the machine did other work as well, which their intervals show; `twicing bench model` times steps properly."""
+while the machine did other work as well, which their intervals show; `twicing bench model` times steps properly.
+CIFAR-10 was read from JPEG files, so it is CIFAR-10 (JPEG): its accuracies cannot be compared with published ones."""
 
 
 def page(folders: Sequence[Path]) -> str:
