@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
+from transformers.utils.output_capturing import _active_collector
 
 from twicing.adapters.crossing import context_of
 from twicing.adapters.site import is_converted, mechanism_of
@@ -240,7 +241,9 @@ def _refuse_others(module: nn.Module, attention_mask: object, options: dict[str,
             f"{type(module).__name__} got a paged cache, as continuous batching has it, which keeps no residuals: "
             "model.generate() makes one that does."
         )
-    if options.get("output_attentions"):
+    # Some hosts hand it on, others collect what modules put out, and would leave out the layers that put out none.
+    collected = _active_collector.get() or {}
+    if options.get("output_attentions") or "attentions" in collected:
         raise ValueError(
             "A converted layer puts out no attention weights (output_attentions=True): twicing.attention_matrix() and "
             "twicing.effective_matrix() compute them from queries and keys."
