@@ -16,6 +16,7 @@ class _Growing:
     """What layers that grow do with residuals. They hold as many as the host holds keys."""
 
     keys: Tensor | None
+    values: Tensor | None
     device: torch.device
     is_initialized: bool
     residuals: Tensor | None
@@ -68,6 +69,9 @@ class _Growing:
 
     def reset(self) -> None:
         """Forget everything."""
+        # transformers 5.17 zeroes keys and values instead, and the next step would attend to these zeros.
+        self.keys = self.values = None
+        self.is_initialized = False
         _host(self).reset()
         prepare(self, self.twicing_rule)
 

@@ -45,6 +45,9 @@ class TwicingLoading(HfQuantizer):
             config._attn_implementation = None
         return config
 
+    # transformers 5.17 does not ask for the one, and shows the config to the other.
+    update_tp_plan = update_attn_implementation
+
     def preprocess_model(self, model: Any, *_args: Any, **_kwargs: Any) -> None:
         """Before the weights are loaded: convert the model, so that what a mechanism learned has its place."""
         spec = _spec_for(model)
