@@ -3,6 +3,7 @@
 arXiv 2503.00687, Definition 2 and equations 18-19.
 """
 
+import math
 from typing import Protocol
 
 import torch
@@ -27,10 +28,14 @@ class Backend(Protocol):
         """The result, [..., H, N, Dv], in the query's dtype."""
 
 
-# The rule of "auto": the first that does not refuse. A new backend is one file and one line here. `blocked` and
-# `triton` stand behind `reference`, which refuses nothing, and so are taken by name only, until a record says where
-# they are faster.
+# A new backend is one file and one line here. "auto" takes the first that does not refuse, and `blocked` before that
+# where a record says that it is faster, forward and with the backward; a test holds these constants against the record.
+# `triton` stands behind `reference`, which refuses nothing, and so is taken by name only, until a record says more.
 BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "reference": reference, "blocked": blocked, "triton": triton}
+BLOCKED_RECORD = "benchmarks/results/ops-cpu-2-threads-float32.csv"
+BLOCKED_LEAST_HEADS = 8
+BLOCKED_LEAST_WIDTH = 64
+BLOCKED_TOKENS = {"full": (197, 1024), "causal": (1024, 4096)}
 
 
 def twicing_attention(
@@ -60,9 +65,10 @@ def twicing_attention(
         1 is the SDPA call itself, bit for bit.
     gain: g, a finite number, or a tensor of one element or [H], H the query heads, with a gradient. 1 is the paper's,
         0 is standard attention; in [0, 1] every eigenvalue of A that lies in [0, 1] stays there.
-    backend: how, never what: "sdpa", "reference", "blocked" (CPU, order 2), "triton" (GPU, orders 1 and 2), or "auto",
-        which takes "sdpa" where it serves the call and else "reference" (see explain_backend()). One that is asked for
-        by name and cannot serve the call raises.
+    backend: how, never what: "sdpa", "reference", "blocked" (CPU, order 2), "triton" (GPU, orders 1 and 2), or "auto":
+        "blocked" where a record says that it is faster (fp32 on the CPU, wide heads, hundreds of tokens), else "sdpa"
+        where it serves the call, else "reference" (see explain_backend()). One that is asked for by name and cannot
+        serve the call raises.
     Returns U, [..., H, N, Dv], in the query's dtype (autocast's under autocast); half precision accumulates in fp32.
     Raises ValueError or TypeError, saying what was expected and what came.
     Source: arXiv 2503.00687, Definition 2 and Algorithm 1.
@@ -101,7 +107,10 @@ def explain_backend(
         return f"backend={backend!r} with order=1 is torch.nn.functional.scaled_dot_product_attention itself."
     call = checked_call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, order, gain)
     chosen = _chosen(backend, call)
-    why = "the first that serves this call" if backend == "auto" else "as asked for"
+    why = "as asked for"
+    if backend == "auto":
+        on_record = f"faster than two SDPA calls for such a call on record ({BLOCKED_RECORD})"
+        why = on_record if chosen == "blocked" else "the first that serves this call"
     lines = [f"backend={backend!r} takes {chosen!r}, {why}: {BACKENDS[chosen].ABOUT}."]
     for name, other in BACKENDS.items():
         reason = other.refuses(call)
@@ -115,9 +124,23 @@ def _is_plain_sdpa(order: int, backend: str) -> bool:
     return order == 1 and backend in ("auto", "sdpa")
 
 
+def _is_blocked_faster(call: Call) -> bool:
+    """Whether the record of the CPU says so, or speaks of shorter and longer sequences for which it is so."""
+    *others, tokens, width = call.query.shape
+    if call.query.device.type != "cpu" or call.query.dtype != torch.float32 or torch.compiler.is_exporting():
+        # An exported program should need nothing but PyTorch's own operators.
+        return False
+    if call.attn_mask is not None or call.dropout_p > 0.0 or width < BLOCKED_LEAST_WIDTH:
+        return False
+    fewest, most = BLOCKED_TOKENS["causal" if call.is_causal else "full"]
+    return fewest <= tokens <= most and math.prod(others) >= BLOCKED_LEAST_HEADS
+
+
 def _chosen(backend: str, call: Call) -> str:
     """The name of the backend that serves the call."""
     if backend == "auto":
+        if _is_blocked_faster(call) and blocked.refuses(call) is None:
+            return "blocked"
         return next(name for name, candidate in BACKENDS.items() if candidate.refuses(call) is None)
     if backend not in BACKENDS:
         raise ValueError(f"Unknown backend {backend!r}: {listed(backend, ['auto', *BACKENDS])}")
