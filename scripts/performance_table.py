@@ -5,6 +5,7 @@ Run it after a record in benchmarks/results changed: python scripts/performance_
 
 from pathlib import Path
 
+from twicing.experiments.bench.linear_growth import LINEAR, growth_tables
 from twicing.experiments.bench.rows import MEASURED, OpsRow, read_rows
 from twicing.experiments.bench.tables import overview, tables
 
@@ -34,6 +35,8 @@ def _section(path: Path) -> str:
     rows, machine = read_rows(path)
     calls = [row for row in rows if isinstance(row, OpsRow)]
     shown = [overview(calls, "ratio"), overview(calls, "peak_memory_mb")] if calls else tables(rows)
+    if any(row.contender == LINEAR for row in calls):
+        shown = growth_tables(calls) + shown
     missing = dict.fromkeys(f"{row.contender}: {row.status}" for row in calls if row.status != MEASURED)
     parts = [
         f"### {path.name}",

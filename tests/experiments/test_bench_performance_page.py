@@ -48,6 +48,18 @@ def test_a_record_becomes_a_section(script, tmp_path):
     assert "* triton: skipped: no such device." in text
 
 
+def test_a_record_of_linear_attention_shows_its_growth(script, tmp_path):
+    shown = {"shape": "1x2x8x4", "passes": "forward", "dtype": "float32", "order": 1}
+    rows = [
+        OpsRow("measured", median_ms=tokens / 500, tokens=tokens, contender="linear", **shown)
+        for tokens in (1000, 2000)
+    ]
+    write_rows(tmp_path / "linear-x.csv", rows, this_machine(torch.device("cpu")))
+    text = script.sections(tmp_path)
+    assert "**Growth with the number of tokens**" in text
+    assert "| not causal | forward | linear | 1,000 to 2,000 | 1.00 |" in text
+
+
 def test_a_page_without_marks_is_refused(script):
     with pytest.raises(ValueError, match="must hold the marks"):
         script.with_sections("no marks", "tables")
