@@ -58,7 +58,7 @@ stage gpu-tests 210 "$PYTHON" -m pytest -m gpu tests/gpu -q -p no:cacheprovider 
 tests=$?
 bench ops 200 "{\"device\": \"cuda\", \"dtype\": \"bfloat16\", \"seconds\": 0.3, \"out\": \"$OUT\", \"contenders\": $ours, \"shapes\": $shapes}"
 bench decode 45 "{\"device\": \"cuda\", \"dtype\": \"bfloat16\", \"seconds\": 0.2, \"out\": \"$OUT\"}"
-bench model 60 "{\"device\": \"cuda\", \"batch\": 256, \"seconds\": 1.5, \"out\": \"$OUT\"}"
+bench model 75 "{\"device\": \"cuda\", \"dtype\": \"bfloat16\", \"backends\": [\"triton\", \"sdpa\"], \"batch\": 256, \"seconds\": 1.5, \"out\": \"$OUT\"}"
 
 if [ "$dry_run" = no ]; then
     echo "== summary"

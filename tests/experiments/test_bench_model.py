@@ -98,6 +98,44 @@ def test_a_row_for_every_model_and_job(tmp_path, capsys):
     assert "the mean of 1,000 runs after as many to warm up" in printed
 
 
+def test_bfloat16_by_autocast_and_other_backends(tmp_path):
+    options = ModelOptions(
+        SMALL,
+        ("all",),
+        ("reference", "blocked", "sdpa"),
+        "bfloat16",
+        2,
+        threads=1,
+        repeats=3,
+        seconds=0.01,
+        out=tmp_path,
+    )
+    assert bench_model(options, PlainScreen())
+    rows, _ = read_rows(tmp_path / f"model-cpu-1-threads-{SMALL}-bfloat16.csv")
+    assert [row.backend for row in rows[:4]] == ["sdpa", "reference", "blocked", "sdpa"]
+    assert {(row.status, row.dtype) for row in rows} == {(MEASURED, "bfloat16")}
+
+
+def test_the_gate_computes_the_truth_outside_of_autocast():
+    torch.manual_seed(0)
+    model = small()
+    with torch.no_grad():
+        for block in model.blocks:
+            # Of new weights attention changes so little that bfloat16 hides most of a wrong formula.
+            block.attn.qkv.weight.mul_(5.0)
+    convert(model, "twicing")
+    wrong = copy.deepcopy(model)
+    for block in wrong.blocks:
+        block.attn.twicing_mechanism.order = 1
+    images = torch.randn(2, *model.default_cfg["input_size"], generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert complaint(model, images) is None
+        found = complaint(wrong, images)
+    # Twice the error of the dense form in bfloat16, against fp64: in bfloat16 itself that would be no error at all.
+    assert found is not None
+    assert 1e-3 < float(found.split()[-1]) < 1e-1
+
+
 def test_a_training_step_leaves_the_timed_model_as_it_was():
     from twicing.experiments.bench.model import _training
 
@@ -117,8 +155,11 @@ def test_a_training_step_leaves_the_timed_model_as_it_was():
         ({"batch": 0}, "--batch must be 1 or larger: got 0"),
         ({"model": SMALL, "layers": ("99",)}, "99"),
         ({"repeats": 0}, "--repeats must be 1 or larger"),
+        ({"dtype": "float64"}, "bfloat16 or float16 by autocast: got float64"),
+        ({"backends": ()}, "--backends must name one at least"),
+        ({"model": SMALL, "layers": ("all",), "backends": ("tritn",)}, "Unknown backend 'tritn'"),
     ],
-    ids=["model", "batch", "layers", "repeats"],
+    ids=["model", "batch", "layers", "repeats", "dtype", "no backend", "backend"],
 )
 def test_options_that_mean_nothing(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):

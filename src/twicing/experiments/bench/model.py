@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twicing.adapters.surgery import convert, spec, undo
-from twicing.experiments.bench.cases import parse_device
+from twicing.experiments.bench.cases import parse_device, parse_dtype
 from twicing.experiments.bench.gate import first_line
 from twicing.experiments.bench.multiply_adds import multiply_adds
 from twicing.experiments.bench.options import ModelOptions
@@ -51,11 +51,16 @@ def bench_model(options: ModelOptions, screen: Screen) -> bool:
     check_effort(options.repeats, options.seconds)
     if options.batch < 1:
         raise ValueError(f"--batch must be 1 or larger: got {options.batch}.")
-    device = parse_device(options.device)
+    if not options.backends:
+        raise ValueError("--backends must name one at least, as in --backends auto sdpa.")
+    device, dtype = parse_device(options.device), parse_dtype(options.dtype)
+    if dtype == torch.float64:
+        raise ValueError("--dtype of a model is float32, or bfloat16 or float16 by autocast: got float64.")
     entrants = _entrants(options, device)
     with threads(options.threads):
-        path = options.out / f"{record_name('model', device, options.model)}.csv"
-        with screen.progress(4) as step:
+        parts = [options.model] if dtype == torch.float32 else [options.model, options.dtype]
+        path = options.out / f"{record_name('model', device, *parts)}.csv"
+        with screen.progress(4) as step, _autocast(device, dtype):
             _, finished = record(_measured(entrants, options, device, step), path, device, screen)
     screen.say(
         f"Each model ran {options.repeats} times or for {options.seconds:g} s a job, after a tenth of that to warm up; "
@@ -65,7 +70,7 @@ def bench_model(options: ModelOptions, screen: Screen) -> bool:
 
 
 def _entrants(options: ModelOptions, device: torch.device) -> list[Entrant]:
-    """The standard model, one for each choice of layers, and the last of these with two SDPA calls."""
+    """The standard model, one for each choice of layers, and the last of these by every other backend."""
     mend_torchvision_import()
     import timm
 
@@ -75,8 +80,9 @@ def _entrants(options: ModelOptions, device: torch.device) -> list[Entrant]:
         torch.manual_seed(0)
         standard = timm.create_model(options.model, pretrained=False).eval()
     entrants = [Entrant(STANDARD, "sdpa", standard)]
-    choices = [(layers, "auto") for layers in options.layers]
-    choices += [(options.layers[-1], "sdpa")] if options.layers else []
+    first, *others = options.backends
+    choices = [(layers, first) for layers in options.layers]
+    choices += [(layers, backend) for layers in options.layers[-1:] for backend in others]
     for layers, backend in choices:
         model = copy.deepcopy(standard)
         convert(model, "twicing", layers=layers, options={"backend": backend})
@@ -107,6 +113,7 @@ def _measured(
                 ModelRow(
                     **vars(Timed(status[one.name]) if spread is None else timed(spread, per=per)),
                     model=options.model,
+                    dtype=options.dtype,
                     layers=one.layers,
                     backend=one.backend,
                     job=job,
@@ -117,6 +124,10 @@ def _measured(
                 )
             )
         yield rows
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def _images(model: nn.Module, count: int, device: torch.device) -> Tensor:
@@ -158,7 +169,8 @@ def complaint(model: nn.Module, images: Tensor) -> str | None:
         with torch.no_grad():
             found = model(images)
             honest, exact = (_with_reference(model, request) for _ in range(2))
-            expected = exact.double()(images.double())
+            with torch.autocast(images.device.type, enabled=False):
+                expected = exact.double()(images.double())
             off, budget = relative_rms(found, expected), 2.0 * relative_rms(honest(images), expected)
     except RuntimeError as error:  # memory that does not suffice, on a GPU
         return f"failed: {first_line(error)}"

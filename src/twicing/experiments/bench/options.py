@@ -87,6 +87,10 @@ class ModelOptions:
     """A vision transformer of timm, by name; its weights are random."""
     layers: tuple[str, ...] = ("10-12", "7-12", "1-12")
     """Which layers are twiced, one row each, beside the standard model."""
+    backends: tuple[str, ...] = ("auto", "sdpa")
+    """What computes twicing: the first for all rows, and a row more for each other one, with the last layers."""
+    dtype: str = "float32"
+    """float32, or bfloat16 or float16 by autocast."""
     batch: int = 16
     """Images of a batched forward and of a training step."""
     device: str = "cpu"

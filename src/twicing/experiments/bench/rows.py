@@ -86,6 +86,7 @@ class ModelRow(Timed):
     """
 
     model: str = ""
+    dtype: str = ""
     layers: str = ""
     backend: str = ""
     job: str = ""

@@ -55,7 +55,7 @@ def _group(row: Row) -> tuple[object, ...]:
         return row.shape, row.passes, row.dtype
     if isinstance(row, DecodeRow):
         return row.batch, row.heads, row.key_heads, row.width, row.dtype
-    return row.model, row.job, row.batch
+    return row.model, row.dtype, row.job, row.batch
 
 
 def _table(rows: list[Row]) -> Table:
@@ -74,7 +74,7 @@ def _table(rows: list[Row]) -> Table:
         headers = ("tokens", "contender", "ms per token", "quartiles", "ratio to order 1", "of bytes", "ratio / that")
         lines = tuple(_decode_line(row) for row in measured if isinstance(row, DecodeRow))
         return Table(title, headers, lines, notes, words=2)
-    title = f"{first.model}, {first.job}, batch {first.batch}"
+    title = f"{first.model}, {first.dtype}, {first.job}, batch {first.batch}"
     headers = ("layers twiced", "backend", _unit(first), "quartiles", "mean", "ratio", "G multiply-adds", "M params")
     lines = tuple(_model_line(row) for row in measured if isinstance(row, ModelRow))
     return Table(title, headers, lines, notes, words=2)
