@@ -16,7 +16,7 @@ from torch import Tensor
 
 from twicing.ops.blocked.plan import Plan
 from twicing.ops.blocked.scratch import Scratch
-from twicing.ops.blocked.weights import Heads
+from twicing.ops.blocked.weights import Heads, rows_of
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,24 @@ class Backward:
         self.dropped = scratch.take(plan.block_size if has_dropout else 0)
         widths = (2 * value_width + 1, 2 * value_width + 1, value_width, value_width, 1)
         self.room = [scratch.take(plan.heads, plan.tokens, width) for width in widths]
+        left, right, *_ = self.room
+        # With dropout delta is subtracted by itself, and this column stays zero.
+        left[:, :, -1:] = 0.0
+        right[:, :, -1:] = 1.0
 
     def run(self, heads: Heads, saved: Saved, gradients: Gradients) -> None:
         """Fill the gradients."""
-        room = (tensor[: len(saved.output)] for tensor in self.room)
-        box = _Box(heads, saved, gradients, self.d_block, self.dropped, *room)
+        count, width = len(saved.output), heads.value.shape[-1]
+        left, right, d_boosted, products, delta = (
+            tensor if len(tensor) == count else tensor[:count] for tensor in self.room
+        )
+        box = _Box(
+            heads, saved, gradients, self.d_block, self.dropped, left, right, d_boosted, products, delta,
+            left_first=left[:, :, :width],
+            left_second=left[:, :, width:-1],
+            left_last=left[:, :, -1:],
+            inverse=saved.row_terms[:, :, 1:],
+        )  # fmt: skip
         box.prepare()
         blocks = self.plan.row_blocks()
         if heads.is_causal:
@@ -90,45 +103,41 @@ class _Box:
     d_boosted: Tensor
     products: Tensor
     delta: Tensor
-
-    @property
-    def first(self) -> slice:
-        """The columns of G in left, and of R in right."""
-        return slice(0, self.heads.value.shape[-1])
-
-    @property
-    def second(self) -> slice:
-        """The columns of -g dR in left, and of V in right."""
-        return slice(self.heads.value.shape[-1], 2 * self.heads.value.shape[-1])
+    left_first: Tensor
+    left_second: Tensor
+    left_last: Tensor
+    inverse: Tensor
 
     def prepare(self) -> None:
         """Fill what is known before the first block."""
-        heads, saved = self.heads, self.saved
-        torch.mul(saved.upstream, saved.row_terms[:, :, 1:], out=self.left[:, :, self.first])
-        self.left[:, :, -1:] = 0.0
-        torch.lerp(saved.smoothed, heads.value, heads.gain_and_one, out=self.right[:, :, self.first])
-        self.right[:, :, self.second] = heads.value
-        self.right[:, :, -1:] = 1.0
+        heads, saved, width = self.heads, self.saved, self.heads.value.shape[-1]
+        torch.mul(saved.upstream, self.inverse, out=self.left_first)
+        torch.lerp(saved.smoothed, heads.value, heads.gain_and_one, out=self.right[:, :, :width])
+        self.right[:, :, width:-1] = heads.value
 
     def make(self, buffer: Tensor, rows: slice) -> Tensor:
         """P of these rows."""
-        return self.heads.weights(self.heads.block(buffer, rows), rows, self.saved.row_terms[:, rows, :1])
+        shift = rows_of(self.saved.row_terms, rows)[:, :, :1]
+        return self.heads.weights(self.heads.block(buffer, rows), rows, shift)
 
     def to_boosted(self, weights: Tensor, rows: slice, *, first: bool) -> None:
         """dR += A^T G."""
-        d_boosted = self.d_boosted[:, self.heads.columns(rows)]
-        d_boosted.baddbmm_(self.drop(weights, rows).mT, self.left[:, rows, self.first], beta=0 if first else 1)
+        d_boosted = rows_of(self.d_boosted, self.heads.columns(rows))
+        d_boosted.baddbmm_(self.drop(weights, rows).mT, rows_of(self.left_first, rows), beta=0 if first else 1)
 
     def complete(self, rows: slice) -> None:
         """-g dR and delta, where dR is final."""
-        saved, left = self.saved, self.left[:, rows]
-        d_smoothed = torch.mul(self.d_boosted[:, rows], -self.heads.gain, out=left[:, :, self.second])
-        d_smoothed.mul_(saved.row_terms[:, rows, 1:])
-        products = torch.mul(left[:, :, self.first], saved.output[:, rows], out=self.products[:, rows])
-        products.addcmul_(d_smoothed, saved.smoothed[:, rows])
-        delta = torch.sum(products, -1, keepdim=True, out=self.delta[:, rows])
+        saved = self.saved
+        d_smoothed = torch.mul(
+            rows_of(self.d_boosted, rows), self.heads.minus_gain, out=rows_of(self.left_second, rows)
+        )
+        d_smoothed.mul_(rows_of(self.inverse, rows))
+        products = rows_of(self.products, rows)
+        torch.mul(rows_of(self.left_first, rows), rows_of(saved.output, rows), out=products)
+        products.addcmul_(d_smoothed, rows_of(saved.smoothed, rows))
+        delta = torch.sum(products, -1, keepdim=True, out=rows_of(self.delta, rows))
         if self.heads.dropout is None:
-            torch.neg(delta, out=left[:, :, -1:])
+            torch.neg(delta, out=rows_of(self.left_last, rows))
         else:
             # Dropout enlarged c for what it keeps, but delta belongs to all of A.
             delta.mul_(1.0 - self.heads.dropout.share)
@@ -136,15 +145,17 @@ class _Box:
     def to_inputs(self, weights: Tensor, rows: slice, *, first: bool) -> None:
         """dV -= g A^T dR; dS, and what it gives to queries, keys and mask."""
         heads, gradients, columns = self.heads, self.gradients, self.heads.columns(rows)
-        left, beta = self.left[:, rows], 0 if first else 1
-        gradients.value[:, columns].baddbmm_(self.drop(weights, rows).mT, left[:, :, self.second], beta=beta)
+        beta = 0 if first else 1
+        d_value = rows_of(gradients.value, columns)
+        d_value.baddbmm_(self.drop(weights, rows).mT, rows_of(self.left_second, rows), beta=beta)
         d_scores = heads.block(self.d_block, rows)
-        torch.bmm(left, self.right[:, columns].mT, out=d_scores)
+        torch.bmm(rows_of(self.left, rows), rows_of(self.right, columns).mT, out=d_scores)
         if heads.dropout is not None:
-            d_scores.mul_(heads.kept(self.dropped, rows)).sub_(self.delta[:, rows])
+            d_scores.mul_(heads.kept(self.dropped, rows)).sub_(rows_of(self.delta, rows))
         d_scores.mul_(weights)
-        gradients.query[:, rows].baddbmm_(d_scores, heads.key[:, columns], beta=0, alpha=heads.scale)
-        gradients.key[:, columns].baddbmm_(d_scores.mT, heads.query[:, rows], beta=beta, alpha=heads.scale)
+        d_query, d_key = rows_of(gradients.query, rows), rows_of(gradients.key, columns)
+        d_query.baddbmm_(d_scores, rows_of(heads.key, columns), beta=0, alpha=heads.scale)
+        d_key.baddbmm_(d_scores.mT, rows_of(heads.query, rows), beta=beta, alpha=heads.scale)
         if gradients.attn_mask is not None:
             part = heads.mask_rows(gradients.attn_mask, rows)
             part += heads.by_entry(d_scores).sum_to_size(part.shape)

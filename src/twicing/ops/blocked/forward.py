@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twicing.ops.blocked.plan import Plan
 from twicing.ops.blocked.scratch import Scratch
-from twicing.ops.blocked.weights import LEAST_SUM, MOST_SUM, Heads
+from twicing.ops.blocked.weights import LEAST_SUM, MOST_SUM, Heads, rows_of
 
 
 class Forward:
@@ -43,7 +43,7 @@ class Forward:
         for rows in blocks:
             weights = heads.block(self.plan.place(self.block, rows), rows)
             if not self.plan.keeps:
-                heads.weights(weights, rows, box.shift[:, rows])
+                heads.weights(weights, rows, rows_of(box.shift, rows))
             box.smooth_boosted(weights, rows)
 
 
@@ -61,28 +61,30 @@ class _Box:
 
     def make(self, buffer: Tensor, rows: slice) -> Tensor:
         """P = exp(S - shift) of these rows; what makes rows of A of its rows goes to shift and inverse."""
-        heads, shift = self.heads, self.shift[:, rows]
+        heads, shift = self.heads, rows_of(self.shift, rows)
         weights = heads.weights(heads.block(buffer, rows), rows)
         sums = weights.sum(-1, keepdim=True)
         least, most = torch.aminmax(sums)
         # Not "less than or greater than": a NaN has to be carried on as well.
-        if least >= LEAST_SUM and most <= MOST_SUM:
+        if least.item() >= LEAST_SUM and most.item() <= MOST_SUM:
             shift.zero_()
+            inverse = torch.reciprocal(sums, out=rows_of(self.inverse, rows))
         else:
             heads.largest_score(weights, rows, out=shift)
             torch.sum(heads.weights(weights, rows, shift), -1, keepdim=True, out=sums)
-        inverse = torch.reciprocal(sums, out=self.inverse[:, rows])
-        # A row that may attend to nothing is zero.
-        inverse.masked_fill_(sums == 0.0, 0.0)
+            inverse = torch.reciprocal(sums, out=rows_of(self.inverse, rows))
+            # A row that may attend to nothing is zero.
+            inverse.masked_fill_(sums == 0.0, 0.0)
         if heads.dropout is not None:
             inverse.mul_(heads.dropout.upscale)
         return weights
 
     def smooth_values(self, weights: Tensor, rows: slice) -> None:
         """O = A V and R = V + g (V - O) of these rows."""
-        smoothed, value = self.smooth(weights, self.heads.value, rows, self.smoothed), self.heads.value[:, rows]
+        smoothed = self.smooth(weights, self.heads.value, rows, self.smoothed)
         # lerp is exact at gain 0, where R is V.
-        torch.lerp(smoothed, value, self.heads.gain_and_one, out=self.boosted[:, rows])
+        boosted, value = rows_of(self.boosted, rows), rows_of(self.heads.value, rows)
+        torch.lerp(smoothed, value, self.heads.gain_and_one, out=boosted)
 
     def smooth_boosted(self, weights: Tensor, rows: slice) -> None:
         """U = A R of these rows."""
@@ -92,5 +94,5 @@ class _Box:
         """A, as dropout leaves it, times the values: these rows of out."""
         if self.heads.dropout is not None:
             weights = self.heads.kept(self.dropped, rows).mul_(weights)
-        values, out = values[:, self.heads.columns(rows)], out[:, rows]
-        return torch.baddbmm(out, weights, values, beta=0, out=out).mul_(self.inverse[:, rows])
+        values, out = rows_of(values, self.heads.columns(rows)), rows_of(out, rows)
+        return torch.baddbmm(out, weights, values, beta=0, out=out).mul_(rows_of(self.inverse, rows))

@@ -79,6 +79,7 @@ def blocked_backward(
     d_mask = None
     if attn_mask is not None and needs_d_mask:
         d_mask = torch.zeros(attn_mask.shape, dtype=walk.dtype)
+    kept = [walk.in_a_row(tensor) for tensor in (upstream, output, smoothed, row_terms)]
     # The gradient of one mask gathers from many boxes: in a fixed order, so that its bits are the same every time.
     threads = walk.threads() if d_mask is None else 1
 
@@ -93,7 +94,7 @@ def blocked_backward(
                 gain=None if d_gain is None else d_gain[box.flat],
                 attn_mask=None if d_mask is None else walk.mask_part(d_mask, box),
             )
-            saved = Saved(*(walk.part(tensor, box) for tensor in (upstream, output, smoothed, row_terms)))
+            saved = Saved(*(tensor[box.flat] for tensor in kept))
             backward.run(walk.heads_of(box), saved, gradients)
 
         return work

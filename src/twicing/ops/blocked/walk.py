@@ -27,12 +27,14 @@ class Walk:
         is_causal: bool,
         scale: float,
     ):
-        self.query, self.key, self.value, self.attn_mask = query, key, value, attn_mask
         self.batch, self.heads, self.tokens, _ = query.shape
         self.count = self.batch * self.heads
         self.dtype = torch.promote_types(query.dtype, torch.float32)
-        self.gain = gain.to(self.dtype).expand(self.batch, self.heads).reshape(self.count, 1, 1)
-        self.gain_and_one = 1.0 + self.gain
+        self.query, self.key, self.value = (self.in_a_row(tensor) for tensor in (query, key, value))
+        self.attn_mask = attn_mask
+        gains = gain if len(gain) == 1 else gain.expand(self.batch, self.heads)
+        self.gain = gains.to(self.dtype).reshape(-1, 1, 1)
+        self.gain_and_one, self.minus_gain = 1.0 + self.gain, -self.gain
         self.dropout = None if seed is None else Dropout(dropout_p, int(seed.item()))
         self.is_causal, self.scale = is_causal, scale
         self.plan = plan(self.count, self.tokens, self.dtype.itemsize, is_causal=is_causal)
@@ -56,12 +58,15 @@ class Walk:
 
     def heads_of(self, box: Box) -> Heads:
         """What the heads of a box are computed from."""
+        gains = self.minus_gain, self.gain_and_one
+        if len(self.gain) > 1:
+            gains = self.minus_gain[box.flat], self.gain_and_one[box.flat]
         return Heads(
             query=self.part(self.query, box),
             key=self.part(self.key, box),
             value=self.part(self.value, box),
-            gain=self.gain[box.flat],
-            gain_and_one=self.gain_and_one[box.flat],
+            minus_gain=gains[0],
+            gain_and_one=gains[1],
             attn_mask=None if self.attn_mask is None else self.mask_part(self.attn_mask, box),
             box_shape=box.shape,
             first=box.flat.start,
@@ -70,15 +75,15 @@ class Walk:
             dropout=self.dropout,
         )
 
+    def in_a_row(self, tensor: Tensor) -> Tensor:
+        """All heads of [B, h, N, D] as [B h, N, D], in the dtype of the sums: copied where it is not so in memory."""
+        return tensor.reshape(tensor.shape[0] * tensor.shape[1], *tensor.shape[2:]).to(self.dtype)
+
     def part(self, tensor: Tensor, box: Box) -> Tensor:
-        """The heads of a box, [G, N, D]; keys and values that serve several queries are repeated."""
-        repeats = self.heads // tensor.shape[1]
-        part = tensor[box.batch]
-        if repeats > 1:
-            part = part[:, torch.arange(box.heads.start, box.heads.stop) // repeats]
-        elif box.shape[1] < self.heads:
-            part = part[:, box.heads]
-        return part.reshape(-1, *tensor.shape[2:]).to(self.dtype)
+        """The heads of a box, [G, N, D], of all in a row; keys and values that serve several queries are repeated."""
+        if len(tensor) == self.count:
+            return tensor[box.flat]
+        return tensor[torch.arange(box.flat.start, box.flat.stop) // (self.count // len(tensor))]
 
     def mask_part(self, mask: Tensor, box: Box) -> Tensor:
         """The mask of a box, with the axes of length 1 that it has."""

@@ -39,11 +39,16 @@ class Dropout:
         return out
 
 
+def rows_of(tensor: Tensor, rows: slice) -> Tensor:
+    """The rows of [G, N, ...]; the tensor itself where they are all, since threads wait for each other in Python."""
+    return tensor if rows.stop - rows.start == tensor.shape[1] else tensor[:, rows]
+
+
 @dataclass(frozen=True)
 class Heads:
     """What a box of G heads is computed from, in the dtype of its sums.
 
-    query, key: [G, N, D]; value: [G, N, Dv]; gain, gain_and_one: g and 1 + g, [G, 1, 1].
+    query, key: [G, N, D]; value: [G, N, Dv]; minus_gain, gain_and_one: -g and 1 + g, [G or 1, 1, 1].
     attn_mask: [b or 1, h or 1, N or 1, N or 1] for a box of b h = G heads, bool or added to the scores.
     first: the number of its first head among all.
     """
@@ -51,7 +56,7 @@ class Heads:
     query: Tensor
     key: Tensor
     value: Tensor
-    gain: Tensor
+    minus_gain: Tensor
     gain_and_one: Tensor
     attn_mask: Tensor | None
     box_shape: tuple[int, int]
@@ -89,8 +94,8 @@ class Heads:
 
     def scores(self, block: Tensor, rows: slice) -> Tensor:
         """S in the block."""
-        key = self.key[:, self.columns(rows)]
-        torch.baddbmm(block, self.query[:, rows], key.mT, beta=0, alpha=self.scale, out=block)
+        key = rows_of(self.key, self.columns(rows))
+        torch.baddbmm(block, rows_of(self.query, rows), key.mT, beta=0, alpha=self.scale, out=block)
         return self._masked(block, rows)
 
     def kept(self, buffer: Tensor, rows: slice) -> Tensor:
