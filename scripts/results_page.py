@@ -1,6 +1,6 @@
-"""Make docs/results.md from the run folders of comparisons; every number on it is theirs.
+"""Make docs/results.md from run folders of comparisons and of scripts/retrofit.py; every number on it is theirs.
 
-Run it: python scripts/results_page.py runs/mnist runs/cifar10
+Run it: python scripts/results_page.py runs/mnist runs/cifar10 runs/ptb runs/retrofit
 """
 
 import sys
@@ -27,7 +27,13 @@ CIFAR-10 was read from JPEG files, so it is CIFAR-10 (JPEG): its accuracies cann
 
 def page(folders: Sequence[Path]) -> str:
     """The whole page, with a section for each run folder in the order given."""
-    return "\n\n".join([INTRODUCTION, *(results_markdown(folder) for folder in folders)]) + "\n"
+    return "\n\n".join([INTRODUCTION, *(section(folder).strip() for folder in folders)]) + "\n"
+
+
+def section(folder: Path) -> str:
+    """What a run folder has to say; a retrofit has written it itself."""
+    written = folder / "results.md"
+    return written.read_text(encoding="utf-8") if written.exists() else results_markdown(folder)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,8 @@ from twicing.experiments.statistics import PairedDifference, paired_difference
 
 STANDARD, SECONDS, RETROFIT = "standard, equal steps", "standard, equal seconds", "twicing, gain learned from 0"
 ARMS = (RETROFIT, STANDARD, SECONDS)
+# What may change from one start to the next.
+FREE = ("out", "seeds", "threads")
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Options:
     text: Path
     """Plain text in UTF-8; its last tenth is held out and never trained on."""
     out: Path
-    """Folder for results.jsonl; made if it is not there."""
+    """Folder for results.jsonl and results.md; fine-tunings that it has already are not made again."""
     seeds: int = 8
     """How many fine-tunings of each kind; each draws other batches."""
     steps: int = 600
@@ -78,7 +80,7 @@ class Result:
 
 
 def main(options: Options) -> list[Result]:
-    """Fine-tune every arm for every seed, write results.jsonl, and print what came of it."""
+    """Fine-tune every arm for every seed, print what came of it, and write it to results.jsonl and results.md."""
     torch.set_num_threads(options.threads)
     model, encode = load(options.model)
     tokens = torch.tensor(encode(options.text.read_text(encoding="utf-8")))
@@ -90,28 +92,48 @@ def main(options: Options) -> list[Result]:
             f"holds {len(tokens)}."
         )
     options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / "results.jsonl"
+    results = finished(path, options)
     # What torch does only once would otherwise count as twicing's seconds.
     warm_up = replace(options, steps=2)
     for arm in (RETROFIT, STANDARD):
         fine_tune(copy.deepcopy(model), arm, 0, training, held_out[:1], warm_up, None)
     versions = {"twicing": twicing.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    results = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress, (options.out / "results.jsonl").open("w") as file:
+    with Progress(*columns) as progress, path.open("a", encoding="utf-8") as file:
         task = progress.add_task("fine-tuning", total=options.seeds * len(ARMS))
         for seed in range(options.seeds):
-            seconds = None
             for arm in ARMS:
                 progress.update(task, description=f"seed {seed}, {arm}")
-                result = fine_tune(copy.deepcopy(model), arm, seed, training, held_out, options, seconds)
-                seconds = seconds or result.seconds
-                results.append(result)
-                file.write(
-                    json.dumps({**asdict(result), "options": asdict(options), "versions": versions}, default=str) + "\n"
-                )
-                file.flush()
+                if not any((result.arm, result.seed) == (arm, seed) for result in results):
+                    seconds = next((r.seconds for r in results if (r.arm, r.seed) == (RETROFIT, seed)), None)
+                    result = fine_tune(copy.deepcopy(model), arm, seed, training, held_out, options, seconds)
+                    results.append(result)
+                    row = {**asdict(result), "options": asdict(options), "versions": versions}
+                    file.write(json.dumps(row, default=str) + "\n")
+                    file.flush()
                 progress.advance(task)
     show(results, Console())
+    (options.out / "results.md").write_text(markdown(results, options, model), encoding="utf-8")
+    return results
+
+
+def finished(path: Path, options: Options) -> list[Result]:
+    """What an earlier run with the same options has made, so that an interrupted one goes on where it stopped."""
+    results = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        row = json.loads(line)
+        row.pop("versions")
+        was, now = row.pop("options"), json.loads(json.dumps(asdict(options), default=str))
+        changed = sorted(name for name in now if name not in FREE and was[name] != now[name])
+        if changed:
+            raise ValueError(
+                f"{path} is of another experiment ({changed[0]} was {was[changed[0]]}, and is {now[changed[0]]}): name "
+                "another folder with --out."
+            )
+        row["gains"] = {int(layer): gains for layer, gains in row["gains"].items()}
+        if row["seed"] < options.seeds:
+            results.append(Result(**row))
     return results
 
 
@@ -219,6 +241,50 @@ def show(results: list[Result], console: Console) -> None:
         heads = zip(*(one[layer] for one in gains), strict=True)
         learned.add_row(str(layer), "  ".join(f"{statistics.mean(h):+.3f} ({spread(h):.3f})" for h in heads))
     console.print(learned)
+
+
+def markdown(results: list[Result], options: Options, model: nn.Module) -> str:
+    """The same as a section of docs/results.md, with the command that makes it and what it cannot tell."""
+    after = {arm: {r.seed: r.after for r in results if r.arm == arm} for arm in ARMS}
+    lines = ["| arm | steps | processor seconds | loss before | loss after | twicing - this arm |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | --- |")
+    for arm in ARMS:
+        rows = [result for result in results if result.arm == arm]
+        steps, seconds = (statistics.mean(getattr(row, name) for row in rows) for name in ("steps", "seconds"))
+        loss_after = f"{mean(rows, 'after'):.4f} ± {spread(row.after for row in rows):.4f}"
+        difference = "" if arm == RETROFIT else said(paired_difference(after[arm], after[RETROFIT]))
+        cells = (arm, f"{steps:.0f}", f"{seconds:.0f}", f"{mean(rows, 'before'):.4f}", loss_after, difference)
+        lines.append(f"| {' | '.join(cells)} |")
+    gains = [result.gains for result in results if result.arm == RETROFIT]
+    learned = ["| layer | gain of each head, mean over seeds (standard deviation) |", "| ---: | --- |"]
+    for layer in gains[0]:
+        heads = zip(*(one[layer] for one in gains), strict=True)
+        learned.append(f"| {layer} | {', '.join(f'{statistics.mean(h):+.3f} ({spread(h):.3f})' for h in heads)} |")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    given = {name: getattr(options, name) for name in ("model", "text", "seeds", "steps", "out")}
+    command = " ".join(["python scripts/retrofit.py", *(f"--{name} {value}" for name, value in given.items())])
+    return "\n".join(
+        [
+            f"## {type(model).__name__} of {parameters:,} parameters, fine-tuned with twicing put into it",
+            "",
+            f"`{command}`",
+            "",
+            f"{options.seeds} seeds; {options.steps} steps of {options.batch} sequences of {options.length} tokens. "
+            "Losses are nats per token on the last tenth of the text, which was never trained on. Every arm starts at "
+            "the trained weights; the gain of each head starts at 0, which is the trained function, and 1 is the papers' "
+            "twicing.",
+            "",
+            *lines,
+            "",
+            *learned,
+            "",
+            "- One small model and one text: what a large model would learn is another question.",
+            "- The gains are parameters that the other arms do not have, with a learning rate of their own "
+            f"({options.gain_rate:g} instead of {options.learning_rate:g}).",
+            "- Seeds draw other batches of the same text, and all start at the same weights.",
+            "",
+        ]
+    )
 
 
 def said(difference: PairedDifference | None) -> str:

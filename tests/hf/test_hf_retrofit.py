@@ -95,6 +95,38 @@ def test_every_arm_and_seed(folder, capsys):
     assert "twicing - standard, equal steps:" in said
     assert "n = 2 seeds" in said
     assert "What was learned" in said
+    page = (folder / "out" / "results.md").read_text(encoding="utf-8")
+    assert "`python scripts/retrofit.py --model" in page
+    assert "| standard, equal seconds |" in page
+    assert f"{results[0].gains[1][0]:+.3f}"[:3] in page.split("| layer |")[1]
+
+
+def test_an_interrupted_run_goes_on(folder, monkeypatch):
+    text = folder / "text.txt"
+    text.write_text("ab a c b cab " * 400)
+    options = retrofit.Options(folder, text, folder / "out", seeds=2, steps=3, batch=2, length=16, held_out=4)
+    whole = retrofit.main(options)
+    path = folder / "out" / "results.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:4]))
+    made = []
+    fine_tune = retrofit.fine_tune
+
+    def counted(model, arm, seed, training, held_out, given, seconds):
+        if given.steps == 3:
+            made.append((arm, seed, seconds))
+        return fine_tune(model, arm, seed, training, held_out, given, seconds)
+
+    monkeypatch.setattr(retrofit, "fine_tune", counted)
+    again = retrofit.main(options)
+    # The clock that equal seconds are held to is in what was kept.
+    assert made == [(arm, 1, whole[3].seconds) for arm in retrofit.ARMS[1:]]
+    assert again[:4] == whole[:4]
+    assert [(r.arm, r.seed) for r in again] == [(r.arm, r.seed) for r in whole]
+    assert again[4].after == whole[4].after
+    assert len(path.read_text().splitlines()) == 6
+    with pytest.raises(ValueError, match=r"is of another experiment \(batch was 2, and is 3\): name another folder"):
+        retrofit.main(retrofit.replace(options, batch=3))
 
 
 def test_equal_steps_see_the_same_batches(folder):
