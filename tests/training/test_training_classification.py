@@ -253,7 +253,7 @@ def test_curves_are_those_of_the_epoch(recipe, split, tmp_path):
 
 def test_seconds_count_training_steps_and_survive_a_resume(recipe, split, tmp_path, monkeypatch):
     ticks = iter(range(10**6))
-    monkeypatch.setattr("twicing.training.classification.time.perf_counter", lambda: float(next(ticks)))
+    monkeypatch.setattr("twicing.training.loop.time.perf_counter", lambda: float(next(ticks)))
 
     def stop(share):
         if share > 0.5:

@@ -1,36 +1,26 @@
-"""Train an image classifier for a recipe: Lightning does the loop, and a killed training goes on to the same weights.
+"""Train an image classifier for a recipe; the loop is in loop.py.
 
 The last weights count; no epoch is chosen.
 """
 
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from twicing.models.vision import PixelModel, vision_transformer
-from twicing.training.checkpoint import CHECKPOINT, check_checkpoint, identity, read_checkpoint, save_checkpoint
+from twicing.training.checkpoint import CHECKPOINT, check_checkpoint, read_checkpoint
 from twicing.training.hardware import Hardware
 from twicing.training.loaders import Batch, held_out_loader, train_loader
+from twicing.training.loop import ON_ONE_CPU, Progress, Training, run_training
 from twicing.training.mixing import Mixing
 from twicing.training.protocol import Recipe
 from twicing.training.schedule import optimizer_and_schedule
 from twicing.training.split import Split
-from twicing.training.streams import STEP_STREAM, stream_seed
-
-Progress = Callable[[float], None]
-
-ON_ONE_CPU = Hardware()
 
 
 @dataclass(frozen=True)
@@ -87,35 +77,12 @@ def train_classifier(
     FloatingPointError where the loss is not finite.
     """
     _check_hardware(hardware, recipe)
-    checkpoint = folder / CHECKPOINT
-    if checkpoint.exists():
-        check_checkpoint(read_checkpoint(checkpoint), model, seed, checkpoint)
-    # Lightning leaves the mode of a model as it finds it.
-    model.train()
-    bookkeeping = _Bookkeeping(checkpoint, recipe.all_epochs, progress)
-    with _quiet():
-        trainer = lightning.Trainer(
-            **hardware.trainer_options(),
-            max_epochs=recipe.all_epochs,
-            callbacks=[bookkeeping],
-            default_root_dir=folder,
-            # Curves, checkpoints and progress are ours: they have to survive a kill and be read by the report.
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            use_distributed_sampler=False,
-        )
-        place = {"rank": trainer.global_rank, "world": trainer.world_size, "workers": hardware.workers}
-        trainer.fit(
-            _Classifier(model, recipe, seed),
-            train_loader(split.train, recipe, seed, **place),
-            held_out_loader(split.test, **place),
-            ckpt_path=checkpoint if checkpoint.exists() else None,
-            weights_only=True,
-        )
-    return bookkeeping.curve
+
+    def loaders(rank: int, world: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
+        place = {"rank": rank, "world": world, "workers": hardware.workers}
+        return train_loader(split.train, recipe, seed, **place), held_out_loader(split.test, **place)
+
+    return run_training(_Classifier(model, recipe, seed), loaders, folder, progress, hardware)
 
 
 def load_trained(model: nn.Module, seed: int, folder: Path) -> None:
@@ -129,15 +96,19 @@ def load_trained(model: nn.Module, seed: int, folder: Path) -> None:
     model.load_state_dict(weights)
 
 
-class _Classifier(lightning.LightningModule):
+class _Classifier(Training[Epoch]):
+    row_type = Epoch
+
     def __init__(self, model: nn.Module, recipe: Recipe, seed: int):
-        super().__init__()
-        self.model, self.recipe, self.seed = model, recipe, seed
-        # By default NaN is left out of the mean, and a diverged training would look like a good one.
-        self.loss = MeanMetric(nan_strategy="disable")
+        super().__init__(model, recipe, seed)
+        self.recipe = recipe
         self.accuracy = MulticlassAccuracy(num_classes=recipe.classes, average="micro")
         self.mixing = Mixing(recipe.augmentation, recipe.classes, seed) if recipe.augmentation.mixes else None
         self.ema = _running_mean(model, recipe.ema_decay)
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        self.accuracy.reset()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels, share = batch
@@ -172,49 +143,8 @@ class _Classifier(lightning.LightningModule):
             # timm's are told the epoch that comes next.
             scheduler.step(self.current_epoch + 1)
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["twicing"] = identity(self.model, self.recipe.name, self.seed)
-
-
-class _Bookkeeping(lightning.Callback):
-    """Keeps the curve, saves a checkpoint after every epoch, and makes what is random a function of (seed, step)."""
-
-    def __init__(self, checkpoint: Path, epochs: int, progress: Progress):
-        self.checkpoint, self.epochs, self.progress = checkpoint, epochs, progress
-        self.curve: list[Epoch] = []
-        self.seconds = 0.0
-        self._step_started = 0.0
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        pl_module.loss.reset()
-        pl_module.accuracy.reset()
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        # Dropout draws from the global generator, which Lightning does not restore on resume.
-        torch.manual_seed(stream_seed(pl_module.seed, STEP_STREAM, trainer.global_step, trainer.global_rank))
-        self._step_started = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.seconds += time.perf_counter() - self._step_started
-        self.progress((trainer.current_epoch + (batch_idx + 1) / trainer.num_training_batches) / self.epochs)
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        loss = pl_module.loss.compute().item()
-        if not torch.isfinite(torch.tensor(loss)):
-            raise FloatingPointError(
-                f"the training diverged: the loss of epoch {trainer.current_epoch + 1} is {loss}. "
-                "Lower learning_rate, or see whether the mechanism is sound (twicing.testing.check_mechanism)."
-            )
-        accuracy = pl_module.accuracy.compute().item()
-        self.curve.append(Epoch(trainer.current_epoch + 1, loss, accuracy, self.seconds))
-        save_checkpoint(trainer, self.checkpoint)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"curve": [vars(epoch) for epoch in self.curve], "seconds": self.seconds}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.curve = [Epoch(**row) for row in state_dict["curve"]]
-        self.seconds = state_dict["seconds"]
+    def row(self, loss: float, seconds: float) -> Epoch:
+        return Epoch(self.current_epoch + 1, loss, self.accuracy.compute().item(), seconds)
 
 
 def _running_mean(model: nn.Module, decay: float) -> Any:
@@ -230,17 +160,3 @@ def _check_hardware(hardware: Hardware, recipe: Recipe) -> None:
     hardware.check_processes()
     if hardware.strategy == "fsdp" and recipe.ema_decay:
         raise ValueError("--strategy fsdp cuts the weights up and no running mean is kept then: set ema_decay=0.")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # Data in memory need no worker processes, which Lightning advises.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        # The running mean of the weights is one that is only evaluated.
-        warnings.filterwarnings("ignore", message=".*module.s. in eval mode at the start of training.*")
-        # The first token's weight lies in memory as its gradient does not: a matter of speed.
-        warnings.filterwarnings("ignore", message=".*Grad strides do not match bucket view strides.*")
-        # Lightning 2.6 calls pytree names that torch 2.13 has renamed.
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        yield
