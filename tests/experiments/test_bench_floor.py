@@ -1,14 +1,18 @@
 """The floor, and the memory beside it: the arithmetic that DESIGN states, and what a process really takes."""
 
+import pickle
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from twicing.experiments.bench.cases import FORWARD, PASSES, TRAINING, parse_case
+from twicing.experiments.bench.contenders import all_contenders
 from twicing.experiments.bench.floor import TRAINING_FLOOR, forward_floor, product_of
 from twicing.experiments.bench.memory import _CLEAR, Measurement, peak_growth
 
 CPU = torch.device("cpu")
+CONTENDERS = all_contenders(CPU)
 
 
 def test_floors():
@@ -40,7 +44,7 @@ def test_memory_of_the_dense_form_is_quadratic_and_that_of_sdpa_is_not():
     case = parse_case("1x2x2048x16", torch.float32, CPU)
     matrix = 4 * 2 * 2048**2
     grown = {
-        (name, passes): peak_growth(Measurement(name, case, passes, threads=1))
+        (name, passes): peak_growth(Measurement(CONTENDERS[name], case, passes, threads=1))
         for name in ("SDPA", "dense")
         for passes in PASSES
     }
@@ -53,9 +57,18 @@ def test_memory_of_the_dense_form_is_quadratic_and_that_of_sdpa_is_not():
 def test_what_making_the_inputs_took_is_not_counted():
     """Inputs are drawn in fp32, 50 MB here; the call itself needs its output, 33.6 MB, and little else."""
     case = parse_case("16x64x64x64", torch.float64, CPU)
-    assert 33e6 <= peak_growth(Measurement("SDPA", case, FORWARD, threads=1)) < 40e6
+    assert 33e6 <= peak_growth(Measurement(CONTENDERS["SDPA"], case, FORWARD, threads=1)) < 40e6
+
+
+@pytest.mark.parametrize("name", [name for name, one in CONTENDERS.items() if not one.compiles])
+def test_another_process_can_be_handed_a_contender(name):
+    """Functions made inside functions could not be."""
+    inputs = parse_case("1x2x8x8", torch.float32, CPU).inputs()
+    handed = pickle.loads(pickle.dumps(CONTENDERS[name]))
+    assert torch.equal(handed.attend(*inputs, True), CONTENDERS[name].attend(*inputs, True))
+    assert handed.refuses(*inputs, True) == CONTENDERS[name].refuses(*inputs, True)
 
 
 def test_what_is_compiled_has_no_memory_on_the_cpu():
     case = parse_case("1x1x8x8", torch.float32, CPU)
-    assert peak_growth(Measurement("dense, compiled", case, FORWARD, threads=1)) is None
+    assert peak_growth(Measurement(CONTENDERS["dense, compiled"], case, FORWARD, threads=1)) is None

@@ -8,8 +8,8 @@ from twicing.experiments.bench.cases import FORWARD, PASSES, TRAINING, parse_cas
 from twicing.experiments.bench.contenders import Contender
 from twicing.experiments.bench.linear import bench_linear, complaint, linear_contenders
 from twicing.experiments.bench.linear_growth import LINEAR, TWICED, crossing, growth_tables, slope
-from twicing.experiments.bench.linear_memory import Call, peak_growth_of
 from twicing.experiments.bench.linear_options import LinearOptions
+from twicing.experiments.bench.memory import Measurement, peak_growth
 from twicing.experiments.bench.rows import MEASURED, OpsRow, read_rows
 from twicing.experiments.bench.screen import PlainScreen
 from twicing.ops.linear import linear_smoother, twicing_linear_attention
@@ -176,8 +176,8 @@ def test_peak_memory_is_that_of_the_call_and_grows_with_the_tokens():
     """A fixed part, and for every token some of what autograd keeps, in numbers of the width of a head."""
     grown = []
     for tokens in (20_000, 80_000):
-        call = Call(linear_contenders("elu+1")[TWICED], case(f"1x1x{tokens}x32"), TRAINING, 1)
-        bytes_grown = peak_growth_of(call)
+        twiced = linear_contenders("elu+1")[TWICED]
+        bytes_grown = peak_growth(Measurement(twiced, case(f"1x1x{tokens}x32"), TRAINING, threads=1))
         if bytes_grown is None:
             pytest.skip("only Linux tells the growth of a process")
         grown.append(bytes_grown)

@@ -40,6 +40,7 @@ def _serves(_query: Tensor, _key: Tensor, _value: Tensor, _is_causal: bool) -> s
 class Contender:
     """One way to compute attention, plain (order 1) or twiced (order 2).
 
+    attend and refuses are functions of modules, or partial ones: other processes are handed them.
     is_baseline: ratios are to the fastest of these. compiles: its first call of a shape calls a compiler.
     refuses: why it cannot serve the arguments of attend(), or None.
     """
@@ -122,12 +123,14 @@ def _has_order_1(backend: str, device: torch.device) -> bool:
 
 
 def _ours(backend: str, *, order: int) -> Contender:
-    def attend(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
-        return twicing_attention(query, key, value, is_causal=is_causal, order=order, backend=backend)
-
-    def refuses(query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> str | None:
-        call = checked_call(query, key, value, None, 0.0, is_causal, None, False, order, 1.0)
-        return BACKENDS[backend].refuses(call)
-
     name = f"twicing: {backend}" + ("" if order == 2 else f", order {order}")
-    return Contender(name, order, attend, refuses)
+    return Contender(name, order, partial(_attend_by, backend, order), partial(_refusal_of, backend, order))
+
+
+def _attend_by(backend: str, order: int, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> Tensor:
+    return twicing_attention(query, key, value, is_causal=is_causal, order=order, backend=backend)
+
+
+def _refusal_of(backend: str, order: int, query: Tensor, key: Tensor, value: Tensor, is_causal: bool) -> str | None:
+    call = checked_call(query, key, value, None, 0.0, is_causal, None, False, order, 1.0)
+    return BACKENDS[backend].refuses(call)

@@ -14,9 +14,8 @@ from twicing.experiments.bench.cases import PASSES, Case, parse_device, parse_dt
 from twicing.experiments.bench.contenders import SDPA, Contender, all_contenders
 from twicing.experiments.bench.gate import Gate, first_line
 from twicing.experiments.bench.linear_growth import LINEAR, TWICED, growth_tables
-from twicing.experiments.bench.linear_memory import Call, peak_growth_of
 from twicing.experiments.bench.linear_options import LinearOptions
-from twicing.experiments.bench.memory import one_call
+from twicing.experiments.bench.memory import Measurement, one_call, peak_growth
 from twicing.experiments.bench.rows import MEASURED, OpsRow, Row, Timed, timed
 from twicing.experiments.bench.run import check_effort, record, record_name, threads
 from twicing.experiments.bench.screen import Screen
@@ -114,7 +113,7 @@ def _measured(
             if options.memory:
                 step(f"{case}: memory, {passes}")
                 for name, one in sound.items():
-                    memory[name] = peak_growth_of(Call(one, case, passes, torch.get_num_threads()))
+                    memory[name] = peak_growth(Measurement(one, case, passes, torch.get_num_threads()))
             yield _rows(case, passes, every, status, spreads, memory)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from twicing.experiments.bench.cases import TRAINING, Case
-from twicing.experiments.bench.contenders import Contender, all_contenders
+from twicing.experiments.bench.contenders import Contender
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 # Written to _CLEAR, it makes the peak the present size.
@@ -24,9 +24,9 @@ WARM_UP_TOKENS = 16
 
 @dataclass(frozen=True)
 class Measurement:
-    """One call whose memory is wanted; a process of its own can be handed it."""
+    """One call whose memory is wanted. On the CPU a process of its own is handed it, so that it must be picklable."""
 
-    contender: str
+    contender: Contender
     case: Case
     passes: str
     threads: int
@@ -40,7 +40,7 @@ def peak_growth(measurement: Measurement) -> int | None:
     device = measurement.case.device
     if device.type == "cuda":
         return _growth_on_gpu(measurement)
-    if all_contenders(device)[measurement.contender].compiles or not _CLEAR.exists():
+    if measurement.contender.compiles or not _CLEAR.exists():
         return None
     context = multiprocessing.get_context("forkserver")
     # The server has imported torch, and its children have nothing else in them.
@@ -50,7 +50,7 @@ def peak_growth(measurement: Measurement) -> int | None:
     process.start()
     there.close()
     try:
-        growth = here.recv()
+        growth: int | None = here.recv()
     except EOFError:
         growth = None
     finally:
@@ -81,8 +81,7 @@ def one_call(contender: Contender, case: Case, passes: str) -> Any:
 
 def _growth_on_gpu(measurement: Measurement) -> int:
     device = measurement.case.device
-    contender = all_contenders(device)[measurement.contender]
-    call = one_call(contender, measurement.case, measurement.passes)
+    call = one_call(measurement.contender, measurement.case, measurement.passes)
     call()
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -96,8 +95,7 @@ def _tell_growth(measurement: Measurement, answer: Connection) -> None:
     # Ctrl-C reaches the whole group; the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(measurement.threads)
-    case, passes = measurement.case, measurement.passes
-    contender = all_contenders(case.device)[measurement.contender]
+    contender, case, passes = measurement.contender, measurement.case, measurement.passes
     # Threads and libraries take memory once.
     small = replace(case, batch=1, heads=1, tokens=min(case.tokens, WARM_UP_TOKENS))
     one_call(contender, small, passes)()

@@ -59,8 +59,9 @@ def _measured(
             memory: dict[str, int | None] = {}
             if options.memory:
                 step(f"{case}: memory, {passes}")
-                for name in (name for name in contenders if name in spreads):
-                    memory[name] = peak_growth(Measurement(name, case, passes, torch.get_num_threads()))
+                for name, contender in contenders.items():
+                    if name in spreads:
+                        memory[name] = peak_growth(Measurement(contender, case, passes, torch.get_num_threads()))
             yield _rows(case, passes, contenders, status, spreads, memory)
 
 
