@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twicing.analysis.layer_similarity import layer_similarity
 from twicing.data.text import Corpus
+from twicing.experiments.job_model import has_sites, similarity_of, with_mechanism
 from twicing.experiments.metrics import STEP_TIME, TRAINING_LOSS, TRAINING_TIME
 from twicing.experiments.parts import Finding, Part
 from twicing.experiments.plan import Job, Resources
@@ -20,10 +20,10 @@ from twicing.robustness.word_swap import swap_words
 from twicing.training.classification import load_trained
 from twicing.training.language import build_language_model, train_language_model
 from twicing.training.language_cost import equal_cost_inner
-from twicing.training.language_data import load_text, prepare_text
+from twicing.training.language_data import load_text, prepare_text, probe_windows
 from twicing.training.language_perplexity import Perplexity, segment_perplexity, sliding_window_perplexity
 from twicing.training.language_recipe import LanguageRecipe
-from twicing.training.streams import MECHANISM_STREAM, stream_seed
+from twicing.training.streams import stream_seed
 
 SWAP_STREAM = 40
 # Where paper_compat swaps, as the code that it follows has it; at other shares nobody knows what it would be.
@@ -135,17 +135,7 @@ class LanguageBench:
 
     def _similarity(self, when: str) -> Part:
         self._ready()
-        length = self.recipe.length
-        windows = self.corpus.test[: len(self.corpus.test) // length * length].view(-1, length)
-        windows = windows[: self.recipe.evaluation.probes or None].long().to(self.device)
-        found = layer_similarity(self.model, windows)
-        return Part(
-            [
-                Finding(metric, value, len(windows), {"layer": layer, "where": where, "when": when})
-                for (where, metric), values in found.items()
-                for layer, value in enumerate(values.tolist(), start=1)
-            ]
-        )
+        return similarity_of(self.model, probe_windows(self.recipe, self.corpus).to(self.device), when)
 
     def _of(self, part: str) -> Callable[[float], None]:
         return lambda share: self.progress(part, share)
@@ -155,13 +145,10 @@ class LanguageBench:
 
 
 def converted_language_model(job: Job, draw_seed: int, vocabulary: int) -> LanguageModel:
-    """The job's model before training. Weights that a mechanism brings along come from a stream of their own."""
+    """The job's model before training."""
     assert isinstance(job.recipe, LanguageRecipe)
     model = build_language_model(job.recipe, draw_seed, vocabulary)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(draw_seed, MECHANISM_STREAM, 0))
-        job.arm.apply(model, job.recipe.baseline)
-    return model
+    return with_mechanism(job, model, draw_seed, job.recipe.baseline)
 
 
 def _open_bench(job: Job, progress: Progress) -> LanguageBench:
@@ -206,11 +193,6 @@ def _widened(recipe: LanguageRecipe, twiced_layers: int) -> tuple[dict[str, Any]
     return {"inner": inner}, f"a feed-forward part of {inner} instead of {recipe.inner} hidden units"
 
 
-def _has_sites(job: Job) -> bool:
-    # Where a block attends twice, "the attention output of a layer" has no meaning.
-    return job.recipe.attention_passes == 1
-
-
 # Shares of time as measured for `ptb`.
 LANGUAGE = Programme(
     open=_open_bench,
@@ -221,11 +203,11 @@ LANGUAGE = Programme(
     # arXiv 2312.00751, on WikiText-103.
     options={"neutreno": {"lam": 0.4}},
     parts={
-        "initialisation": Kind(LanguageBench.initialisation, 1, _has_sites),
+        "initialisation": Kind(LanguageBench.initialisation, 1, has_sites),
         "training": Kind(LanguageBench.train, 70),
         "perplexity": Kind(LanguageBench.perplexity, 12),
         "word swap": Kind(LanguageBench.word_swap, 16),
-        "similarity": Kind(LanguageBench.trained_similarity, 1, _has_sites),
+        "similarity": Kind(LanguageBench.trained_similarity, 1, has_sites),
     },
     last_parts={},
 )

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twicing.analysis.layer_similarity import layer_similarity
 from twicing.experiments.attacking import leave_adversarial, look_for_masking, under_fgsm, under_pgd
+from twicing.experiments.job_model import has_sites, similarity_of, with_mechanism
 from twicing.experiments.metrics import HELD_OUT_ACCURACY, STEP_TIME, TRAINING_LOSS, TRAINING_TIME
 from twicing.experiments.parts import Finding, Part
 from twicing.experiments.plan import Job, Resources
@@ -22,7 +22,7 @@ from twicing.training.cost import equal_cost_mlp_ratio
 from twicing.training.order import training_steps
 from twicing.training.recipe import Recipe
 from twicing.training.split import Split, load_split, prepare_data
-from twicing.training.streams import MECHANISM_STREAM, stream_seed
+from twicing.training.streams import stream_seed
 
 # Streams of random numbers next to those of training (see training.streams).
 NOISE_STREAM, ATTACK_STREAM = 3, 4
@@ -72,14 +72,7 @@ class Workbench:
     def similarity(self, when: str) -> Part:
         """Similarity and rank of tokens, by layer."""
         self._ready()
-        found = layer_similarity(self.model, self.images)
-        return Part(
-            [
-                Finding(metric, value, len(self.images), {"layer": layer, "where": where, "when": when})
-                for (where, metric), values in found.items()
-                for layer, value in enumerate(values.tolist(), start=1)
-            ]
-        )
+        return similarity_of(self.model, self.images, when)
 
     def initialisation(self) -> Part:
         """Tokens before training."""
@@ -211,17 +204,9 @@ def _has_verdict(job: Job) -> bool:
     return job.place < evaluation.verdict_seeds and evaluation.verdict_images > 0
 
 
-def _has_sites(job: Job) -> bool:
-    # Where a block attends twice, "the attention output of a layer" has no meaning.
-    return job.recipe.attention_passes == 1
-
-
 def converted_model(job: Job, draw_seed: int) -> nn.Module:
-    """The job's model before training. Weights that a mechanism brings along come from a stream of their own."""
-    model = build_model(_vision(job), draw_seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(stream_seed(draw_seed, MECHANISM_STREAM, 0))
-        return job.arm.apply(model)
+    """The job's model before training."""
+    return with_mechanism(job, build_model(_vision(job), draw_seed), draw_seed)
 
 
 def _open_bench(job: Job, progress: Progress) -> Workbench:
@@ -267,13 +252,13 @@ VISION = Programme(
     widened=_widened,
     options={},
     parts={
-        "initialisation": Kind(Workbench.initialisation, 1, _has_sites),
+        "initialisation": Kind(Workbench.initialisation, 1, has_sites),
         "training": Kind(Workbench.train, 60),
         "clean": Kind(Workbench.clean, 1),
         "noise": Kind(Workbench.noise, 1),
         "fgsm": Kind(Workbench.fgsm, 3),
         "pgd": Kind(Workbench.pgd, 32),
-        "similarity": Kind(Workbench.trained_similarity, 1, _has_sites),
+        "similarity": Kind(Workbench.trained_similarity, 1, has_sites),
         "adversarial": Kind(Workbench.adversarial, 1, _has_verdict),
     },
     last_parts={"masking": Kind(Workbench.masking, 25, _has_verdict)},
