@@ -216,7 +216,11 @@ def test_the_demo_needs_no_data(tmp_path):
 
 
 def test_penn_treebank_is_the_text_of_its_recipe(real_data, tmp_path):
-    prepare_text(ptb(), tmp_path / "text", real_data / "text" / "ptb")
+    corpus = prepare_text(ptb(), tmp_path / "text", real_data / "text" / "ptb")
+    # As published: the preprocessed text of Mikolov et al., the ends of lines counted.
+    assert corpus.counts == {"train": 929_589, "valid": 73_760, "test": 82_430}
+    assert len(corpus.vocabulary) == ptb().vocabulary == 10_000
+    assert corpus.vocabulary.unit == "word"
 
 
 def test_a_text_of_another_recipe_is_refused_when_it_is_loaded(tmp_path):
