@@ -18,7 +18,7 @@ d_boosted dR, [B, H, N, Dv], in the inputs' dtype; delta [B, H, N]; d_gain [B, H
 import triton
 import triton.language as tl
 
-from twicing.ops.triton.tiles import head_of, kept, read, read_flat, scores, weights_by_key, write
+from twicing.ops.triton.tiles import head_of, kept, read, read_flat, read_terms, scores, weights_by_key, write
 
 
 @triton.jit
@@ -96,8 +96,7 @@ def boosted_gradient_kernel(
                 rows = start + tl.arange(0, ROWS)
                 q = read(q_base, query_strides[2], query_strides[3], rows, n, D, BLOCK_D)
                 g_rows = read(g_base, upstream_strides[2], upstream_strides[3], rows, n, DV, BLOCK_DV)
-                shift = read_flat(row_terms + out, rows, n)
-                inverse = read_flat(row_terms + (flat.to(tl.int64) + all_heads) * n, rows, n)
+                shift, inverse = read_terms(row_terms, flat, all_heads, rows, n)
                 attn = weights_by_key(
                     q, k, rows, columns, n, scale, shift, inverse, m_base, mask_strides[2],
                     IS_CAUSAL, HAS_MASK, edge == 1,
@@ -148,8 +147,7 @@ def key_gradients_kernel(
             q = read(q_base, query_strides[2], query_strides[3], rows, n, D, BLOCK_D)
             g_rows = read(g_base, upstream_strides[2], upstream_strides[3], rows, n, DV, BLOCK_DV)
             dr_rows = read(d_boosted + out * DV, DV, 1, rows, n, DV, BLOCK_DV) if ORDER == 2 else g_rows
-            shift = read_flat(row_terms + out, rows, n)
-            inverse = read_flat(row_terms + (flat.to(tl.int64) + all_heads) * n, rows, n)
+            shift, inverse = read_terms(row_terms, flat, all_heads, rows, n)
             row_delta = read_flat(delta + out, rows, n)
             attn = weights_by_key(
                 q, k, rows, columns, n, scale, shift, inverse, m_base, mask_strides[2],
@@ -196,8 +194,7 @@ def query_gradients_kernel(
     g_rows = read(g_base, upstream_strides[2], upstream_strides[3], rows, n, DV, BLOCK_DV)
     dr_rows = read(d_boosted + out * DV, DV, 1, rows, n, DV, BLOCK_DV) if ORDER == 2 else g_rows
     g = tl.load(gain + head * gain_stride).to(tl.float32)
-    shift = read_flat(row_terms + out, rows, n)
-    inverse = read_flat(row_terms + (flat.to(tl.int64) + all_heads) * n, rows, n)
+    shift, inverse = read_terms(row_terms, flat, all_heads, rows, n)
     row_delta = read_flat(delta + out, rows, n)
     sums = tl.zeros([ROWS, BLOCK_D], tl.float32)
     end = tl.minimum(first + ROWS, n) if IS_CAUSAL else n
@@ -245,7 +242,6 @@ def head_backward_kernel(
     g_base = head_of(upstream, upstream_strides, batch, head)
     m_base = head_of(key_mask, mask_strides, batch, head)
     out = flat.to(tl.int64) * n
-    inverses = row_terms + (flat.to(tl.int64) + all_heads) * n
     dr_base, dq_base = d_boosted + out * DV, d_query + out * D
     g = tl.load(gain + head * gain_stride).to(tl.float32)
     drawn = tl.load(seed) if HAS_DROPOUT else 0
@@ -261,7 +257,7 @@ def head_backward_kernel(
                     rows = start + tl.arange(0, BLOCK)
                     q = read(q_base, query_strides[2], query_strides[3], rows, n, D, BLOCK_D)
                     g_rows = read(g_base, upstream_strides[2], upstream_strides[3], rows, n, DV, BLOCK_DV)
-                    shift, inverse = read_flat(row_terms + out, rows, n), read_flat(inverses, rows, n)
+                    shift, inverse = read_terms(row_terms, flat, all_heads, rows, n)
                     attn = weights_by_key(
                         q, k, rows, columns, n, scale, shift, inverse, m_base, mask_strides[2], False, HAS_MASK, False
                     )
@@ -292,7 +288,7 @@ def head_backward_kernel(
             q = read(q_base, query_strides[2], query_strides[3], rows, n, D, BLOCK_D)
             g_rows = read(g_base, upstream_strides[2], upstream_strides[3], rows, n, DV, BLOCK_DV)
             dr_rows = read(dr_base, DV, 1, rows, n, DV, BLOCK_DV) if ORDER == 2 else g_rows
-            shift, inverse = read_flat(row_terms + out, rows, n), read_flat(inverses, rows, n)
+            shift, inverse = read_terms(row_terms, flat, all_heads, rows, n)
             row_delta = read_flat(delta + out, rows, n)
             # dQ sums over columns, and those beyond N must be zero; a causal order has none of them here.
             attn = weights_by_key(
@@ -315,7 +311,7 @@ def head_backward_kernel(
         if IS_CAUSAL:
             q = read(q_base, query_strides[2], query_strides[3], columns, n, D, BLOCK_D)
             g_rows = read(g_base, upstream_strides[2], upstream_strides[3], columns, n, DV, BLOCK_DV)
-            shift, inverse = read_flat(row_terms + out, columns, n), read_flat(inverses, columns, n)
+            shift, inverse = read_terms(row_terms, flat, all_heads, columns, n)
             attn = weights_by_key(
                 q, k, columns, columns, n, scale, shift, inverse, m_base, mask_strides[2], True, HAS_MASK, True
             )

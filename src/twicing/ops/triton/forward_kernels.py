@@ -19,9 +19,10 @@ from twicing.ops.triton.tiles import (
     kept,
     next_largest,
     read,
-    read_flat,
+    read_terms,
     scores,
     write,
+    write_terms,
 )
 
 
@@ -74,8 +75,7 @@ def smooth_kernel(
         write(smoothed + out * DV, sums, rows, n, DV, BLOCK_DV)
     if KEEPS_TERMS:
         shift = tl.where(largest == NOTHING, 0.0, largest)
-        tl.store(row_terms + out + rows, shift, mask=rows < n)
-        tl.store(row_terms + (flat.to(tl.int64) + all_heads) * n + rows, inverse, mask=rows < n)
+        write_terms(row_terms, shift, inverse, flat, all_heads, rows, n)
     if ORDER == 2:
         g = tl.load(gain + head * gain_stride).to(tl.float32)
         v = read(v_base, value_strides[2], value_strides[3], rows, n, DV, BLOCK_DV).to(tl.float32)
@@ -101,8 +101,7 @@ def smooth_again_kernel(
     q = read(head_of(query, query_strides, batch, head), query_strides[2], query_strides[3], rows, n, D, BLOCK_D)
     drawn = tl.load(seed) if HAS_DROPOUT else 0
     out = flat.to(tl.int64) * n
-    shift = read_flat(row_terms + out, rows, n)
-    inverse = read_flat(row_terms + (flat.to(tl.int64) + all_heads) * n, rows, n)
+    shift, inverse = read_terms(row_terms, flat, all_heads, rows, n)
     sums = tl.zeros([ROWS, BLOCK_DV], tl.float32)
     end = tl.minimum(first + ROWS, n) if IS_CAUSAL else n
     whole = (first if IS_CAUSAL else n) // COLUMNS * COLUMNS
@@ -181,8 +180,7 @@ def causal_head_kernel(
         write(output + out * DV, sums_again, rows, n, DV, BLOCK_DV)
         if IS_TRAINING:
             write(smoothed + out * DV, sums, rows, n, DV, BLOCK_DV)
-            tl.store(row_terms + out + rows, shift, mask=rows < n)
-            tl.store(row_terms + (flat.to(tl.int64) + all_heads) * n + rows, inverse, mask=rows < n)
+            write_terms(row_terms, shift, inverse, flat, all_heads, rows, n)
         # Other warps of this program read these rows of R from global memory next: bar.sync orders that.
         tl.debug_barrier()
 
@@ -229,8 +227,7 @@ def small_head_kernel(
         factors = factors + (factor,)  # type: ignore[assignment]  # noqa: RUF005
         if IS_TRAINING:
             write(smoothed + out * DV, sums, rows, n, DV, BLOCK_DV)
-            tl.store(row_terms + out + rows, shift, mask=rows < n)
-            tl.store(row_terms + (flat.to(tl.int64) + all_heads) * n + rows, inverse, mask=rows < n)
+            write_terms(row_terms, shift, inverse, flat, all_heads, rows, n)
     # R was written by all warps of this program, and each reads rows of others: bar.sync orders that.
     tl.debug_barrier()
     r = read(boosted + out * DV, DV, 1, columns, n, DV, BLOCK_DV)

@@ -55,6 +55,20 @@ def read_flat(base, rows, n):
 
 
 @triton.jit
+def read_terms(row_terms, head, all_heads, rows, n):
+    """The shift and the inverse of rows of a head, from [2, B H, N], zero beyond N."""
+    shift = read_flat(row_terms + head.to(tl.int64) * n, rows, n)
+    return shift, read_flat(row_terms + (head.to(tl.int64) + all_heads) * n, rows, n)
+
+
+@triton.jit
+def write_terms(row_terms, shift, inverse, head, all_heads, rows, n):
+    """Write what read_terms() reads."""
+    tl.store(row_terms + head.to(tl.int64) * n + rows, shift, mask=rows < n)
+    tl.store(row_terms + (head.to(tl.int64) + all_heads) * n + rows, inverse, mask=rows < n)
+
+
+@triton.jit
 def scores(
     query, key, rows, columns, n, scale, key_mask, mask_stride,
     IS_CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, IS_EDGE: tl.constexpr,
