@@ -16,7 +16,7 @@ from twicing.experiments.bench.gate import Gate, first_line
 from twicing.experiments.bench.linear_growth import LINEAR, TWICED, growth_tables
 from twicing.experiments.bench.linear_options import LinearOptions
 from twicing.experiments.bench.memory import Measurement, one_call, peak_growth
-from twicing.experiments.bench.rows import MEASURED, OpsRow, Row, Timed, timed
+from twicing.experiments.bench.rows import MEASURED, OpsRow, Row, Timed, ops_row, timed
 from twicing.experiments.bench.run import check_effort, record, record_name, threads
 from twicing.experiments.bench.screen import Screen
 from twicing.experiments.bench.timing import Spread, interleaved
@@ -129,21 +129,7 @@ def _rows(
     rows: list[Row] = []
     for name, contender in contenders.items():
         time = timed(spreads[name]) if name in spreads else Timed(status[name])
-        grown = memory.get(name)
-        rows.append(
-            OpsRow(
-                **vars(time),
-                shape=str(case),
-                tokens=case.tokens,
-                is_causal=case.is_causal,
-                passes=passes,
-                dtype=str(case.dtype).removeprefix("torch."),
-                contender=name,
-                order=contender.order,
-                ratio=None if sdpa is None or time.median_ms is None else time.median_ms / sdpa,
-                peak_memory_mb=None if grown is None else grown / 1e6,
-            )
-        )
+        rows.append(ops_row(case, passes, contender, time, sdpa=sdpa, peak=memory.get(name)))
     return rows
 
 

@@ -1,6 +1,7 @@
 """`twicing bench ops`: one attention call, every way there is to compute it, against one SDPA call of the same run."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -11,7 +12,7 @@ from twicing.experiments.bench.gate import Gate, refuse_uncheckable
 from twicing.experiments.bench.memory import Measurement, one_call, peak_growth
 from twicing.experiments.bench.options import OpsOptions
 from twicing.experiments.bench.plot import draw
-from twicing.experiments.bench.rows import MEASURED, OpsRow, Row, Timed, timed
+from twicing.experiments.bench.rows import MEASURED, OpsRow, Row, Timed, ops_row, timed
 from twicing.experiments.bench.run import check_effort, record, record_name, threads
 from twicing.experiments.bench.screen import Screen
 from twicing.experiments.bench.timing import Spread, interleaved
@@ -93,23 +94,7 @@ def _rows(
     rows: list[Row] = []
     for name, contender in contenders.items():
         time = timed(spreads[name]) if name in spreads else Timed(status[name])
-        ratio = None if sdpa is None or time.median_ms is None else time.median_ms / sdpa
-        share = None if ratio is None or floor is None or contender.order == 1 else floor / ratio
-        grown = memory.get(name)
-        rows.append(
-            OpsRow(
-                **vars(time),
-                shape=str(case),
-                tokens=case.tokens,
-                is_causal=case.is_causal,
-                passes=passes,
-                dtype=str(case.dtype).removeprefix("torch."),
-                contender=name,
-                order=contender.order,
-                ratio=ratio,
-                floor=floor,
-                share_of_floor=share,
-                peak_memory_mb=None if grown is None else grown / 1e6,
-            )
-        )
+        row = ops_row(case, passes, contender, time, sdpa=sdpa, peak=memory.get(name))
+        share = None if row.ratio is None or floor is None or contender.order == 1 else floor / row.ratio
+        rows.append(replace(row, floor=floor, share_of_floor=share))
     return rows

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from twicing.experiments.bench.cases import Case
+from twicing.experiments.bench.contenders import Contender
 from twicing.experiments.bench.machine import Machine
 from twicing.experiments.bench.timing import Spread
 from twicing.experiments.results import replace_file
@@ -56,6 +58,24 @@ class OpsRow(Timed):
     floor: float | None = None
     share_of_floor: float | None = None
     peak_memory_mb: float | None = None
+
+
+def ops_row(
+    case: Case, passes: str, contender: Contender, time: Timed, *, sdpa: float | None, peak: int | None
+) -> OpsRow:
+    """The row of one contender, without its floor. sdpa: the median to hold it against; peak: its memory, in bytes."""
+    return OpsRow(
+        **vars(time),
+        shape=str(case),
+        tokens=case.tokens,
+        is_causal=case.is_causal,
+        passes=passes,
+        dtype=str(case.dtype).removeprefix("torch."),
+        contender=contender.name,
+        order=contender.order,
+        ratio=None if sdpa is None or time.median_ms is None else time.median_ms / sdpa,
+        peak_memory_mb=None if peak is None else peak / 1e6,
+    )
 
 
 @dataclass(frozen=True)
