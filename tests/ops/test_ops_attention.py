@@ -24,11 +24,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     return request.param

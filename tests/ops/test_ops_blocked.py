@@ -28,11 +28,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
 @pytest.fixture(params=["as-planned", "row-blocks", "made-twice"])
 def cut(request, monkeypatch):
     """Small calls fit into one block: make the blocks small, and the memory for what is kept."""

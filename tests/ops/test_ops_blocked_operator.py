@@ -18,11 +18,6 @@ N = 9
 
 
 @pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
 def inputs(generator):
     return make_inputs((2, 4, N, 8), generator=generator)
 

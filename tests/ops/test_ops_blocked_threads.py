@@ -26,11 +26,6 @@ def three_threads(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
 def heads(count):
     return [Box(slice(head, head + 1), slice(0, 1), slice(head, head + 1)) for head in range(count)]
 

@@ -17,11 +17,6 @@ def backend(request):
     return request.param
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
 def small_inputs(generator, **options):
     tensors = make_inputs((1, 2, 4, 3), generator=generator, dtype=torch.float64, **options)
     return tuple(tensor.requires_grad_() for tensor in tensors)

@@ -20,11 +20,6 @@ TORCH_SCRIPTS_ITSELF = pytest.mark.filterwarnings("ignore:.torch.jit.script:Depr
 
 
 @pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
 def inputs(generator):
     return make_inputs((2, 4, N, 8), generator=generator)
 

@@ -4,7 +4,6 @@ import os
 from functools import partial
 
 import pytest
-import torch
 
 from twicing import twicing_attention
 from twicing.ops.triton import tuning
@@ -30,11 +29,6 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning"))
         # Padded columns, which nobody reads, and diverged runs.
         item.add_marker(pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning"))
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
 
 
 @pytest.fixture
