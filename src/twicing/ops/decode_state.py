@@ -99,11 +99,7 @@ class DecodeState:
 
         index: [any B], integers on the state's device.
         """
-        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                "reorder() takes the numbers of the sequences to go on with, int64 or int32 of shape [B]: got "
-                f"{index.dtype} of shape {list(index.shape)}."
-            )
+        check_sequences(index)
         if self.padding is not None:
             self.padding = self.padding.index_select(0, index)
         for name, stored in self._stored.items():
@@ -184,3 +180,12 @@ class DecodeState:
         shapes = ", ".join(f"{name} {list(stored.shape)} {stored.dtype}" for name, stored in self._stored.items())
         room = "growing" if self.capacity is None else f"of {self.capacity}"
         return f"DecodeState(order {self.order}, {self.length} tokens, {room}: {shapes or 'nothing stored yet'})"
+
+
+def check_sequences(index: Tensor) -> None:
+    """Raise ValueError unless index holds numbers of sequences, as reorder() takes them."""
+    if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
+        raise ValueError(
+            "reorder() takes the numbers of the sequences to go on with, int64 or int32 of shape [B]: got "
+            f"{index.dtype} of shape {list(index.shape)}."
+        )

@@ -19,6 +19,7 @@ from twicing.ops.call import (
     check_shapes,
     to_query_heads,
 )
+from twicing.ops.decode_state import check_sequences
 from twicing.ops.linear import CHUNK_SIZE, check_key_mask
 from twicing.ops.linear_chunks import ChunkedRows, sum_after
 from twicing.ops.linear_features import features_of, find_feature_map
@@ -56,11 +57,7 @@ class LinearDecodeState:
 
         index: [any B], integers on the state's device.
         """
-        if index.dim() != 1 or index.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                "reorder() takes the numbers of the sequences to go on with, int64 or int32 of shape [B]: got "
-                f"{index.dtype} of shape {list(index.shape)}."
-            )
+        check_sequences(index)
         self._keep([tensor.index_select(0, index) for tensor in self._kept()])
 
     def to(self, device: torch.device | str) -> Self:
