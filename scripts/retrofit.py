@@ -271,8 +271,7 @@ def markdown(results: list[Result], options: Options, model: nn.Module) -> str:
             "",
             f"{options.seeds} seeds; {options.steps} steps of {options.batch} sequences of {options.length} tokens. "
             "Losses are nats per token on the last tenth of the text, which was never trained on. Every arm starts at "
-            "the trained weights; the gain of each head starts at 0, which is the trained function, and 1 is the papers' "
-            "twicing.",
+            "the trained weights; the gain of each head starts at 0, which is the trained function; 1 is the papers'.",
             "",
             *lines,
             "",
