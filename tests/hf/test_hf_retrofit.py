@@ -125,6 +125,7 @@ def test_an_interrupted_run_goes_on(folder, monkeypatch):
     assert [(r.arm, r.seed) for r in again] == [(r.arm, r.seed) for r in whole]
     assert again[4].after == whole[4].after
     assert len(path.read_text().splitlines()) == 6
+    assert len(retrofit.main(retrofit.replace(options, seeds=1))) == 3
     with pytest.raises(ValueError, match=r"is of another experiment \(batch was 2, and is 3\): name another folder"):
         retrofit.main(retrofit.replace(options, batch=3))
 
