@@ -29,7 +29,7 @@ def test_env_prints_versions(run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["compare", "digit"], "unknown recipe 'digit': known are "),
+        (["compare", "digit"], "unknown recipe 'digit': did you mean 'digits'? Known are 'digits', "),
         (["compare", "--mechanisms", "standard", "twicng"], "'twicng'"),
         (["compare", "--mechanisms", "standard"], "there is nothing to compare 'standard' with"),
         (["compare", "--mechanisms", "twicing", "twicing"], "each mechanism is named once: got twicing"),
@@ -41,7 +41,7 @@ def test_env_prints_versions(run):
         (["compare", "--data-dir", "."], "--data-dir"),
         (["train", "digits", "--devices", "2"], "torchrun"),
         (["train", "digits", "--precision", "7"], "precision"),
-        (["train", "digits", "--set", "epoch=3"], "Did you mean 'epochs'?"),
+        (["train", "digits", "--set", "epoch=3"], "unknown key 'epoch': did you mean 'epochs'? Known are "),
         (["train", "digits", "--mechanism", "twicing", "--options", "gian=1"], "gain"),
         (
             ["train", "digits", "--mechanism", "twicing", "--options", "gain=nan"],

@@ -1,12 +1,27 @@
-"""How an unknown name is answered: with the known ones, and the nearest of them."""
+"""How an unknown name is answered: with the nearest of the known ones, then with all of them."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
+def nearest(name: object, known: Iterable[str]) -> str | None:
+    """The known name that was probably meant; None where none is near.
+
+    Of names with dots, as in evaluation.eps, the last part alone is enough to be found by.
+    """
+    whole = list(known)
+    by_last_part = {one.rpartition(".")[2]: one for one in reversed(whole)}
+    if str(name) in by_last_part:
+        return by_last_part[str(name)]
+    for found in (get_close_matches(str(name), whole, n=1), get_close_matches(str(name), by_last_part, n=1)):
+        if found:
+            return found[0] if found[0] in whole else by_last_part[found[0]]
+    return None
+
+
 def listed(name: object, known: Iterable[str]) -> str:
-    """The end of a message on an unknown name: "known are 'a', 'b'. Did you mean 'a'?"."""
+    """The end of a message on an unknown name: "did you mean 'a'? Known are 'a', 'b'."."""
     known = list(known)
-    near = get_close_matches(str(name), known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return f"known are {', '.join(map(repr, known)) or 'none'}.{hint}"
+    near = nearest(name, known)
+    hint = "known are" if near is None else f"did you mean {near!r}? Known are"
+    return f"{hint} {', '.join(map(repr, known)) or 'none'}."

@@ -112,7 +112,7 @@ def test_what_cannot_be_checked_is_not_timed():
 def test_contenders_are_chosen_by_name_and_sdpa_is_always_there():
     assert list(chosen_contenders(("dense",), CPU)) == ["SDPA", "dense"]
     assert len(chosen_contenders((), CPU)) == len(all_contenders(CPU)) > 4
-    with pytest.raises(ValueError, match=r"Unknown contender 'dens': known are .*Did you mean 'dense'"):
+    with pytest.raises(ValueError, match=r"Unknown contender 'dens': did you mean 'dense'"):
         chosen_contenders(("dens",), CPU)
 
 

@@ -114,8 +114,8 @@ def test_on_a_console_of_rich(tmp_path, planted):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"dtype": "float31"}, "Unknown dtype 'float31': known are .*Did you mean 'float32'"),
-        ({"device": "cpus"}, "Unknown device 'cpus': .*Did you mean 'cpu'"),
+        ({"dtype": "float31"}, "Unknown dtype 'float31': did you mean 'float32'"),
+        ({"device": "cpus"}, "Unknown device 'cpus': did you mean 'cpu'"),
         ({"shapes": ("3x4",)}, "A shape is batch, heads, tokens and width"),
         ({"shapes": ("1x1x8x8", "1x1x99999x8")}, "1x1x99999x8 cannot be checked"),
         ({"contenders": ("dens",)}, "Unknown contender 'dens'"),

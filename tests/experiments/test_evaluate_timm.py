@@ -436,7 +436,7 @@ def test_the_image_size_is_the_models_own():
         ({"model_args": ("colour=red",)}, f"timm cannot make {NAME} with .*colour"),
         ({"data_dir": None}, "needs --data-dir, the folder of held-out images"),
         ({"model_args": (*TINY[:-1], "num_classes=4")}, "holds 3 class folders, and the model has 4 classes"),
-        ({"mechanism": "twicign"}, "twicign.*Did you mean 'twicing'"),
+        ({"mechanism": "twicign"}, "twicign.*did you mean 'twicing'"),
         ({"mechanism": "twicing", "layers": "3"}, "3"),
         ({"mechanism": "twicing", "options": ("gian=1",)}, "gian"),
         ({"layers": "2"}, "--layers and --options are of a mechanism: name it with --mechanism"),

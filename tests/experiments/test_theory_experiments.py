@@ -127,7 +127,7 @@ def test_numbers_are_finite_and_the_same_again(name):
 
 
 def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"no experiment 'bais'. Did you mean bias\? There are: eigencapacity"):
+    with pytest.raises(ValueError, match=r"no experiment 'bais': did you mean 'bias'\? Known are 'eigencapacity'"):
         chosen(["bais"])
     assert [one.name for one in chosen(["snr", "bias"])] == ["bias", "snr"], "in the order of the page"
     assert len(chosen([])) == len(EXPERIMENTS)

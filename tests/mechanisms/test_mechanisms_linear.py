@@ -136,7 +136,7 @@ def test_what_needs_the_matrix_is_refused_in_a_sentence(mechanism, inputs):
         ({"order": 1, "gain": 0.5}, ValueError, "gain has no effect with order=1"),
         ({"gain": float("inf")}, ValueError, "gain must be finite"),
         ({"gain": torch.ones(4)}, TypeError, "gain must be a number here"),
-        ({"feature_map": "elu"}, ValueError, "Unknown feature map 'elu': known are 'elu\\+1'"),
+        ({"feature_map": "elu"}, ValueError, r"Unknown feature map 'elu': did you mean 'relu'\? Known are 'elu\+1'"),
     ],
     ids=str,
 )

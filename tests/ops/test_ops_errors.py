@@ -138,7 +138,7 @@ REFUSED = {
     ),
     "backend": (
         {"backend": "spda"},
-        "Unknown backend 'spda': known are 'auto', 'sdpa', 'reference', 'blocked', 'triton'. Did you mean 'sdpa'?",
+        "Unknown backend 'spda': did you mean 'sdpa'? Known are 'auto', 'sdpa', 'reference', 'blocked', 'triton'.",
     ),
     "backend with order 1": (
         {"backend": "xyz", "order": 1},

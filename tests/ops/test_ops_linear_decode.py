@@ -232,7 +232,7 @@ def test_a_gain_for_other_heads_is_refused_before_anything_is_summed():
         ({"order": 0}, ValueError, "order must be at least 1"),
         ({"order": 1, "gain": 0.5}, ValueError, "gain has no effect with order=1"),
         ({"gain": float("nan")}, ValueError, "gain must be finite"),
-        ({"feature_map": "relus"}, ValueError, "Did you mean 'relu'"),
+        ({"feature_map": "relus"}, ValueError, "did you mean 'relu'"),
     ],
     ids=str,
 )

@@ -55,7 +55,7 @@ def test_every_recipe_says_what_it_measures(name):
 
 
 def test_an_unknown_recipe_is_told():
-    with pytest.raises(ValueError, match=r"unknown recipe 'ptp': .*Did you mean 'ptb'"):
+    with pytest.raises(ValueError, match=r"unknown recipe 'ptp': did you mean 'ptb'"):
         find_language_recipe("ptp")
 
 

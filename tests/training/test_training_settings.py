@@ -39,8 +39,9 @@ def test_settings_that_fit_each_other_need_not_fit_what_was_before(settings):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("epoch=3", r"unknown key 'epoch': known are 'mean', .*\. Did you mean 'epochs'\?"),
-        ("evaluation.esp=1/8", r"unknown key 'evaluation\.esp': .* Did you mean 'evaluation\.eps'\?"),
+        ("epoch=3", r"unknown key 'epoch': did you mean 'epochs'\? Known are 'mean', "),
+        ("evaluation.esp=1/8", r"unknown key 'evaluation\.esp': did you mean 'evaluation\.eps'\? "),
+        ("eps=1/8", r"unknown key 'eps': did you mean 'evaluation\.eps'\? "),
         ("evaluation=3", "unknown key 'evaluation'"),
         ("epochs.more=3", r"unknown key 'epochs\.more'"),
         ("primary=3", "unknown key 'primary'"),
@@ -153,7 +154,7 @@ def test_a_name_of_timms_needs_no_folder():
 
 
 def test_unknown_recipes_name_the_nearest():
-    with pytest.raises(ValueError, match=r"unknown recipe 'digit': known are 'digits', .*\. Did you mean 'digits'\?"):
+    with pytest.raises(ValueError, match=r"unknown recipe 'digit': did you mean 'digits'\? Known are 'digits', "):
         find_recipe("digit")
 
 

@@ -95,7 +95,7 @@ def _imported(path: str) -> Factory:
         if not hasattr(found, part):
             names = [name for name, entry in vars(found).items() if _is_module_class(entry)]
             raise ValueError(
-                f"The mechanism {path!r} was not found: {module_name!r} has no {attribute!r}. Its modules: "
+                f"The mechanism {path!r} was not found: {module_name!r} has no module {attribute!r}: "
                 f"{listed(attribute, names)}"
             )
         found = getattr(found, part)

@@ -19,7 +19,7 @@ from twicing.experiments.evaluate.weights import Weights, fingerprint, load_weig
 from twicing.experiments.results import BASELINE
 from twicing.mechanisms.registry import find_mechanism
 from twicing.models.vision import PixelModel
-from twicing.names import listed
+from twicing.names import nearest
 from twicing.torchvision_import import mend_torchvision_import
 from twicing.training.choice import balanced_order
 from twicing.training.settings import parse_options
@@ -86,9 +86,10 @@ def _check_name(name: str) -> None:
 
     if not timm.is_model(name):
         known = timm.list_models()
-        near = listed(name, known).rpartition(".")[2]
+        near = nearest(name, known)
+        hint = f" Did you mean {near!r}?" if near else ""
         raise ValueError(
-            f"{name!r} is neither a run folder (with a config.json) nor one of timm's {len(known)} models.{near}"
+            f"{name!r} is neither a run folder (with a config.json) nor one of timm's {len(known)} models.{hint}"
         )
 
 

@@ -1,6 +1,5 @@
 """The experiments, in the order of the page: the first paper, the second, and where the theory ends."""
 
-import difflib
 from collections.abc import Sequence
 
 from twicing.experiments.theory import (
@@ -17,6 +16,7 @@ from twicing.experiments.theory import (
     twicing_kernel,
 )
 from twicing.experiments.theory.experiment import Experiment
+from twicing.names import listed
 
 EXPERIMENTS: dict[str, Experiment] = {
     one.name: one
@@ -43,7 +43,5 @@ def chosen(names: Sequence[str]) -> list[Experiment]:
     """
     for name in names:
         if name not in EXPERIMENTS:
-            near = difflib.get_close_matches(name, EXPERIMENTS, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise ValueError(f"there is no experiment {name!r}.{hint} There are: {', '.join(EXPERIMENTS)}.")
+            raise ValueError(f"there is no experiment {name!r}: {listed(name, EXPERIMENTS)}")
     return [one for one in EXPERIMENTS.values() if not names or one.name in names]

@@ -1,0 +1,33 @@
+"""An unknown name is answered with the one that was probably meant, before the list of all."""
+
+import pytest
+
+from twicing.names import listed, nearest
+
+KEYS = ("epochs", "width", "evaluation.eps", "evaluation.probes")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("epoch", "epochs"),
+        ("evaluation.esp", "evaluation.eps"),
+        # The last part alone, though "epochs" looks more like it than "evaluation.eps" does.
+        ("eps", "evaluation.eps"),
+        ("pobes", "evaluation.probes"),
+        ("colour", None),
+        (3, None),
+    ],
+)
+def test_the_nearest_name(name, meant):
+    assert nearest(name, KEYS) == meant
+
+
+def test_a_whole_name_comes_before_a_last_part():
+    assert nearest("epsi", ["evaluation.eps", "eps"]) == "eps"
+
+
+def test_what_was_meant_stands_before_what_there_is():
+    assert listed("epoch", iter(["width", "epochs"])) == "did you mean 'epochs'? Known are 'width', 'epochs'."
+    assert listed("colour", ["width", "epochs"]) == "known are 'width', 'epochs'."
+    assert listed("colour", []) == "known are none."
