@@ -6,7 +6,8 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(f"twicing: the commands need {error.name}, which is missing: pip install 'twicing[lab]'") from None
 
+from twicing.cli_help import SUBCOMMANDS, Wrapped, subcommands
 from twicing.experiments.analyze.options import Analyze
 from twicing.experiments.bench.linear_options import LinearOptions
 from twicing.experiments.bench.options import DecodeOptions, ModelOptions, OpsOptions
@@ -122,6 +124,14 @@ class Env:
     """Print versions, device and commit, to paste into a bug report."""
 
 
+BENCHES: dict[str, type] = {
+    "ops": OpsOptions,
+    "decode": DecodeOptions,
+    "model": ModelOptions,
+    "linear": LinearOptions,
+}
+
+
 @dataclass(frozen=True)
 class Bench:
     """Time attention, cached decoding or a model: correctness first, every ratio taken in one run.
@@ -131,37 +141,26 @@ class Bench:
     Example: twicing bench ops
     """
 
-    what: (
-        Annotated[OpsOptions, tyro.conf.subcommand("ops")]
-        | Annotated[DecodeOptions, tyro.conf.subcommand("decode")]
-        | Annotated[ModelOptions, tyro.conf.subcommand("model")]
-        | Annotated[LinearOptions, tyro.conf.subcommand("linear")]
-    )
+    what: OpsOptions | DecodeOptions | ModelOptions | LinearOptions = field(metadata={SUBCOMMANDS: BENCHES})
 
 
-Command = (
-    Annotated[Diagnose, tyro.conf.subcommand("diagnose")]
-    | Annotated[Compare, tyro.conf.subcommand("compare")]
-    | Annotated[Train, tyro.conf.subcommand("train")]
-    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
-    | Annotated[Analyze, tyro.conf.subcommand("analyze")]
-    | Annotated[TheoryOptions, tyro.conf.subcommand("theory")]
-    | Annotated[Bench, tyro.conf.subcommand("bench")]
-    | Annotated[Env, tyro.conf.subcommand("env")]
-)
+Command = Diagnose | Compare | Train | Evaluate | Analyze | TheoryOptions | Bench | Env
+COMMANDS: dict[str, type] = {
+    "diagnose": Diagnose,
+    "compare": Compare,
+    "train": Train,
+    "evaluate": Evaluate,
+    "analyze": Analyze,
+    "theory": TheoryOptions,
+    "bench": Bench,
+    "env": Env,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `twicing` command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = tyro.cli(
-        Command,
-        prog="twicing",
-        description="Twicing Attention and its relatives: fair comparisons from the command line.",
-        args=given,
-        # --shapes, not --what.shapes
-        config=(tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
-    )
+    command = _read(given)
     try:
         _run(command, shlex.join(["twicing", *given]))
     except KeyboardInterrupt:
@@ -178,7 +177,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ) from None
 
 
-def _run(command: Diagnose | Compare | Train | Evaluate | Analyze | TheoryOptions | Bench | Env, typed: str) -> None:
+def _read(given: list[str]) -> Command:
+    """The command that was typed, with its options."""
+    with redirect_stdout(Wrapped(sys.stdout)), redirect_stderr(Wrapped(sys.stderr)):
+        command: Command = tyro.cli(
+            subcommands(COMMANDS, given),
+            prog="twicing",
+            description="Twicing Attention and its relatives: fair comparisons from the command line.",
+            args=given,
+            # --shapes, not --what.shapes; an option is left out, not given as None
+            config=(
+                tyro.conf.OmitSubcommandPrefixes,
+                tyro.conf.OmitArgPrefixes,
+                tyro.conf.DisallowNone,
+                tyro.conf.PositionalMetavarFromFieldName,
+            ),
+        )
+        return command
+
+
+def _run(command: Command, typed: str) -> None:
     # Imported here, so that --help and a misspelt option answer at once.
     from rich.console import Console
 
