@@ -15,6 +15,9 @@ KEYS = ("epochs", "width", "evaluation.eps", "evaluation.probes")
         # The last part alone, though "epochs" looks more like it than "evaluation.eps" does.
         ("eps", "evaluation.eps"),
         ("pobes", "evaluation.probes"),
+        ("wid", "width"),
+        ("evalu", None),
+        ("wi", None),
         ("colour", None),
         (3, None),
     ],

@@ -18,6 +18,7 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"twicing: the commands need {error.name}, which is missing: pip install 'twicing[lab]'") from None
 
 from twicing.cli_help import SUBCOMMANDS, Wrapped, subcommands
+from twicing.cli_unknown import unknown_word
 from twicing.experiments.analyze.options import Analyze
 from twicing.experiments.bench.linear_options import LinearOptions
 from twicing.experiments.bench.options import DecodeOptions, ModelOptions, OpsOptions
@@ -178,22 +179,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _read(given: list[str]) -> Command:
-    """The command that was typed, with its options."""
-    with redirect_stdout(Wrapped(sys.stdout)), redirect_stderr(Wrapped(sys.stderr)):
-        command: Command = tyro.cli(
-            subcommands(COMMANDS, given),
-            prog="twicing",
-            description="Twicing Attention and its relatives: fair comparisons from the command line.",
-            args=given,
-            # --shapes, not --what.shapes; an option is left out, not given as None
-            config=(
-                tyro.conf.OmitSubcommandPrefixes,
-                tyro.conf.OmitArgPrefixes,
-                tyro.conf.DisallowNone,
-                tyro.conf.PositionalMetavarFromFieldName,
-            ),
-        )
-        return command
+    """The command that was typed, with its options. What is misspelt ends the program with code 2, as tyro does."""
+    wrong = unknown_word(COMMANDS, given, {"bench": BENCHES})
+    if not wrong:
+        with redirect_stdout(Wrapped(sys.stdout)), redirect_stderr(Wrapped(sys.stderr)):
+            command, left_over = tyro.cli(
+                subcommands(COMMANDS, given),
+                prog="twicing",
+                description="Twicing Attention and its relatives: fair comparisons from the command line.",
+                args=given,
+                return_unknown_args=True,
+                # --shapes, not --what.shapes; an option is left out, not given as None
+                config=(
+                    tyro.conf.OmitSubcommandPrefixes,
+                    tyro.conf.OmitArgPrefixes,
+                    tyro.conf.DisallowNone,
+                    tyro.conf.PositionalMetavarFromFieldName,
+                ),
+            )
+        if not left_over:
+            return command
+        wrong = f"{given[0]} does not take {left_over[0]!r}: see twicing {given[0]} --help."
+    print(f"twicing: {wrong}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _run(command: Command, typed: str) -> None:

@@ -3,11 +3,14 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+FEWEST_LETTERS = 3
+
 
 def nearest(name: object, known: Iterable[str]) -> str | None:
     """The known name that was probably meant; None where none is near.
 
-    Of names with dots, as in evaluation.eps, the last part alone is enough to be found by.
+    Of names with dots, as in evaluation.eps, the last part alone is enough to be found by; so is a beginning that no
+    other name has.
     """
     whole = list(known)
     by_last_part = {one.rpartition(".")[2]: one for one in reversed(whole)}
@@ -16,7 +19,8 @@ def nearest(name: object, known: Iterable[str]) -> str | None:
     for found in (get_close_matches(str(name), whole, n=1), get_close_matches(str(name), by_last_part, n=1)):
         if found:
             return found[0] if found[0] in whole else by_last_part[found[0]]
-    return None
+    begun = [one for one in whole if len(str(name)) >= FEWEST_LETTERS and one.startswith(str(name))]
+    return begun[0] if len(begun) == 1 else None
 
 
 def listed(name: object, known: Iterable[str]) -> str:
