@@ -2,6 +2,7 @@
 
 import io
 import re
+from math import exp
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from twicing.experiments.costs import costs
 from twicing.experiments.findings import exploratory_measures, primary_rows, read_run
 from twicing.experiments.report import write_report
 from twicing.experiments.results import Correctness
+from twicing.experiments.results_table import results_markdown
 from twicing.experiments.sentences import caveats, fewest_pairs, in_short
 from twicing.experiments.summary import print_summary
 
@@ -119,7 +121,7 @@ def test_the_cost_table(page):
     found = table(page, "Cost")
     assert found["standard"] == ["0.020", "0", DASH, DASH]
     assert found["twicing"] == ["0.040", "0.010", "1.96", "[1.04, 3.70]"]
-    assert found[OTHER_SEEDS] == ["0.060", "0", "3.00", DASH]
+    assert found[OTHER_SEEDS] == ["0.060", "0", "3.00", "the same on every seed, no interval"]
 
 
 def test_the_exploratory_table(page):
@@ -160,7 +162,31 @@ def test_the_sentences(run):
 def test_the_cost_is_a_ratio_to_standard_with_both_ends(run):
     twicing = next(cost for cost in costs(run) if cost.arm.label == "twicing")
     assert (twicing.ratio, twicing.low, twicing.high) == pytest.approx((1.95743, 1.03610, 3.69804), rel=1e-4)
-    assert twicing.pairs == 3
+    assert twicing.no_interval == ""
+
+
+@pytest.mark.parametrize(("spread", "known"), [(0.2758, True), (0.2826, False)])
+def test_an_interval_over_more_than_a_factor_of_four_is_not_shown(tmp_path, spread, known):
+    # t(0.975, 2) / sqrt(3) = 2.4841: from low to high it is a factor of exp(2 x 2.4841 x spread), 3.94 and 4.07.
+    records = [
+        *one_by_seed(STEP, [0.1, 0.1, 0.1]),
+        *one_by_seed(STEP, [0.2 * exp(change) for change in (-spread, 0.0, spread)], "twicing"),
+    ]
+    cost = costs(read_run(write_folder(tmp_path, records, primary=[])))[1]
+    assert cost.ratio == pytest.approx(2)
+    assert (cost.low is not None, cost.high is not None) == (known, known)
+    assert cost.no_interval == ("" if known else "interval not known from 3 seeds")
+    if known:
+        assert cost.high / cost.low == pytest.approx(exp(2 * 2.4841 * spread), rel=1e-3)
+
+
+def test_two_seeds_give_no_interval_of_cost_anywhere(tmp_path):
+    records = [*one_by_seed(STEP, [0.1, 0.1]), *one_by_seed(STEP, [0.2, 0.201], "twicing")]
+    folder = write_folder(tmp_path, records, primary=[])
+    said = "interval not known from 2 seeds"
+    assert f"A training step takes 2.00 times as long with twicing ({said})." in in_short(read_run(folder), [])
+    assert f'<td class="n">{said}</td>' in write_report(folder).read_text(encoding="utf-8")
+    assert f"| 2.00 ({said}) |" in results_markdown(folder)
 
 
 @pytest.mark.parametrize(

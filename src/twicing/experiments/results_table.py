@@ -193,8 +193,8 @@ def _cell(run: Run, rows: Mapping[tuple[str, str], Row], measure: Measure, arm: 
 def _price(cost: Cost | None) -> str:
     if cost is None or cost.ratio is None:
         return "–"  # noqa: RUF001
-    ends = "" if cost.low is None else f" [{cost.low:.2f}, {cost.high:.2f}]"
-    return f"{cost.ratio:.2f}{ends}"
+    ends = f"({cost.no_interval})" if cost.no_interval else f"[{cost.low:.2f}, {cost.high:.2f}]"
+    return f"{cost.ratio:.2f} {ends}"
 
 
 def _table(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -193,9 +193,7 @@ def _cost_sentence(found: Sequence[Cost]) -> str:
 
 
 def _ratio_interval(cost: Cost) -> str:
-    if cost.low is None:
-        return "one seed, no interval" if cost.pairs == 1 else "the same on every seed, no interval"
-    return f"95 % interval {cost.low:.2f} to {cost.high:.2f}"
+    return cost.no_interval or f"95 % interval {cost.low:.2f} to {cost.high:.2f}"
 
 
 def _floor_sentence(rows: Sequence[Row]) -> str:
