@@ -1,14 +1,17 @@
 """What a page says of its own limits: overlapping folds, blind attacks, missing eps50, and mixed versions."""
 
+import io
 import json
 import re
 
 import pytest
 from made_up_run import ACCURACY, EPS50_PRIMARY, one_by_seed, one_record, write_folder
+from rich.console import Console
 
 from twicing.experiments.findings import read_run
 from twicing.experiments.report import write_report
-from twicing.experiments.sentences import caveats
+from twicing.experiments.sentences import caveats, remarks
+from twicing.experiments.summary import print_summary
 
 CLEAN, PGD, FGSM = {"threat": "clean"}, {"threat": "pgd", "eps": "1/16"}, {"threat": "fgsm", "eps": "1/16"}
 EPS50, BLIND = "eps50 [share of pixel range]", "share of zero gradients"
@@ -69,6 +72,48 @@ def test_models_without_eps50_are_named(tmp_path):
     # Declared as primary and had by none: then silence would look as if it had not been asked for.
     everyone = "standard seed 0, standard seed 1, twicing seed 0, twicing seed 1"
     assert sentence.format(everyone) in said(tmp_path / "nobody", pgd, primary=[EPS50_PRIMARY])
+
+
+def test_an_eps50_of_zero_says_why(tmp_path):
+    why = "half of the attacked images or more are wrong before any change."
+    some = [*one_by_seed(EPS50, [0.0, 1 / 16], "standard", PGD), *one_by_seed(EPS50, [1 / 16, 0.0], "twicing", PGD)]
+    run = read_run(write_folder(tmp_path / "some", some, primary=[]))
+    assert f"eps50 is 0 for standard seed 0, twicing seed 1: {why}" in caveats(run, [])
+    every = one_by_seed(EPS50, [0.0, 0.0], "standard", PGD)
+    assert f"eps50 is 0: {why}" in remarks(every, [])
+    assert remarks(one_by_seed(EPS50, [0.01], "standard", PGD), []) == []
+    screen = io.StringIO()
+    print_summary(tmp_path / "some", Console(file=screen, width=200))
+    assert f"- eps50 is 0 for standard seed 0, twicing seed 1: {why}" in screen.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("modes", "became", "targets"),
+    [
+        (("inputs only", "inputs and targets", "paper_compat"), "<unk>", "inputs and targets and paper_compat"),
+        (("inputs only", "paper_compat"), "<unk>", "paper_compat"),
+        (("inputs only",), "<unk>", ""),
+        (("inputs only", "paper_compat"), "the characters", ""),
+    ],
+)
+def test_swapped_targets_that_are_easy_to_predict_are_no_stress_test(tmp_path, modes, became, targets):
+    swaps = [{"threat": "word swap", "mode": mode, "share": share} for mode in modes for share in ("0.01", "0.04")]
+    metric = "test perplexity per word, segments"
+    records = [one_record(metric, 50.0, 0, "standard", where) for where in [{"threat": "clean"}, *swaps]]
+    note = f'Word swap: "AAA" is not in the vocabulary and became {became}.'
+    folder = write_folder(tmp_path, records, primary=[])
+    (folder / "notes.json").write_text(json.dumps([note]), encoding="utf-8")
+    sentence = (
+        f"<unk> is common and easy to predict, so that swapping targets too ({targets}) can lower perplexity: "
+        'of the word swaps only "inputs only" is a stress test here.'
+    )
+    said = caveats(read_run(folder), [])
+    assert note in said
+    assert [one for one in said if "stress test" in one] == ([sentence] if targets else [])
+    section = (
+        write_report(folder).read_text(encoding="utf-8").partition("<h2>Word swap</h2>")[2].partition("<figure")[0]
+    )
+    assert ("is a stress test here." in section) == bool(targets)
 
 
 def test_metrics_nobody_knew_of_are_exploratory(tmp_path):

@@ -12,11 +12,13 @@ from rich.table import Table
 from twicing.experiments.arms import Arm, arms_under_test, refuse_nothing_to_compare
 from twicing.experiments.controls import controlled_arm, controls_of, with_equal_time
 from twicing.experiments.equal_time import step_time_ratio
+from twicing.experiments.findings import read_run
 from twicing.experiments.plan import CONFIG, AnyRecipe, Plan, Resources
 from twicing.experiments.programmes import programme_of
 from twicing.experiments.report import write_report
-from twicing.experiments.results import BASELINE, read_json, read_records
+from twicing.experiments.results import BASELINE, read_json
 from twicing.experiments.run import RESULTS, follow_training, run_plan
+from twicing.experiments.sentences import remarks
 from twicing.experiments.summary import print_summary
 from twicing.mechanisms.registry import find_mechanism
 from twicing.training.hardware import process_rank
@@ -87,7 +89,7 @@ def train(
     console: Console,
     resources: Resources | None = None,
 ) -> Path:
-    """Train and evaluate one model, print its accuracies, and return folder/results.jsonl.
+    """Train and evaluate one model, print what was measured, and return folder/results.jsonl.
 
     Started by torchrun, the first process does all of this, and the others take part in the training alone.
     Raises ValueError for a seed out of range or an unknown mechanism, and what run_plan() raises.
@@ -106,12 +108,15 @@ def train(
     table = Table(title=f"{mechanism}, seed {seed}: {recipe.headline}")
     table.add_column("metric")
     table.add_column("value", justify="right")
-    for record in read_records(folder / RESULTS):
+    run = read_run(folder)
+    for record in run.records:
         if "threat" in record.conditions or not record.conditions:
             conditions = ", ".join(str(value) for value in record.conditions.values())
             # Units stand in brackets, which rich would take for markup.
             table.add_row(escape(f"{record.metric} {conditions}".strip()), f"{record.value:.4f}")
     console.print(table)
+    for sentence in remarks(run.records, run.notes):
+        console.print(f"- {escape(sentence)}", highlight=False)
     return folder / RESULTS
 
 

@@ -29,7 +29,7 @@ from twicing.experiments.masking_verdicts import verdict_on
 from twicing.experiments.metrics import ACCURACY, is_perplexity
 from twicing.experiments.published_beside import published_beside
 from twicing.experiments.results import BASELINE, replace_file, select
-from twicing.experiments.sentences import caveats, in_short, missing_seeds, was_attacked
+from twicing.experiments.sentences import caveats, in_short, missing_seeds, swapped_targets_sentence, was_attacked
 from twicing.experiments.statistics import number, p_text, signed
 from twicing.experiments.word_swap_figure import word_swap
 
@@ -123,6 +123,7 @@ def _page(run: Run, section: EvaluationSection | None, analysis: Markup | None) 
         compat=figures.paper_compat(run.records, styles, config.get("recipe", {}).get("std", ())),
         corruptions=corruption_bars.bars(run.records, styles),
         swapped=word_swap(run.records, styles),
+        swapped_targets=swapped_targets_sentence(run.records, run.notes),
         corruption_table=corruption_bars.table(run),
         section=section,
         analysis=analysis,

@@ -5,6 +5,7 @@ The page and the terminal both take them from here, so they cannot say different
 
 from collections.abc import Sequence
 
+from twicing.data.text_vocabulary import UNKNOWN
 from twicing.experiments.costs import Cost, costs
 from twicing.experiments.findings import ATTACKS, NOISE_FLOOR, PAPER_COMPAT, Measure, Row, Run
 from twicing.experiments.masking_verdicts import NO_SIGN, NOT_ESTABLISHED, NOT_LOOKED_FOR, verdict_on
@@ -102,9 +103,40 @@ def caveats(run: Run, rows: Sequence[Row]) -> list[str]:
         found.append("The corruptions were generated here and are not ImageNet-C: no mCE can be made of them.")
     if select(run.records, conditions={"threat": PAPER_COMPAT}):
         found.append("The paper_compat attack is unverified: the attack code of the twicing paper is not released.")
-    found += run.notes
+    found += remarks(run.records, run.notes)
     more = (_verdict_sentence(run), _probes_sentence(run), _blind_sentence(run), _eps50_sentence(run))
     return found + [sentence for sentence in more if sentence]
+
+
+def remarks(records: Sequence[Record], notes: Sequence[str]) -> list[str]:
+    """What has to be known to read single numbers of a run: the notes of its parts, and what its records show."""
+    return [*notes, *(one for one in (swapped_targets_sentence(records, notes), _no_eps50_sentence(records)) if one)]
+
+
+def swapped_targets_sentence(records: Sequence[Record], notes: Sequence[str]) -> str:
+    """Which word swaps are no stress test, as their targets are easy to predict; empty where there are none such.
+
+    notes: one of them says what the word that is put in became.
+    """
+    if not any(note.endswith(f"became {UNKNOWN}.") for note in notes):
+        return ""
+    modes = [str(record.conditions["mode"]) for record in select(records, conditions={"threat": "word swap"})]
+    targets = [mode for mode in dict.fromkeys(modes) if mode != "inputs only"]
+    if not targets:
+        return ""
+    return (
+        f"{UNKNOWN} is common and easy to predict, so that swapping targets too ({' and '.join(targets)}) can lower "
+        'perplexity: of the word swaps only "inputs only" is a stress test here.'
+    )
+
+
+def _no_eps50_sentence(records: Sequence[Record]) -> str:
+    found = select(records, metric=EPS50)
+    zero = [record for record in found if record.value == 0]
+    if not zero:
+        return ""
+    where = "" if len(zero) == len(found) else f" for {', '.join(f'{one.arm} seed {one.seed}' for one in zero)}"
+    return f"eps50 is 0{where}: half of the attacked images or more are wrong before any change."
 
 
 def _verdict_sentence(run: Run) -> str:

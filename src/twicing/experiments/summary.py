@@ -8,7 +8,7 @@ from rich.table import Table
 
 from twicing.experiments.findings import Row, primary_rows, read_run
 from twicing.experiments.results import BASELINE
-from twicing.experiments.sentences import in_short
+from twicing.experiments.sentences import in_short, remarks
 from twicing.experiments.statistics import number, signed
 
 
@@ -33,7 +33,7 @@ def print_summary(run_folder: Path, console: Console) -> None:
         console.print()
         console.print(table)
     console.print()
-    for sentence in [*in_short(run, rows), *run.notes]:
+    for sentence in [*in_short(run, rows), *remarks(run.records, run.notes)]:
         console.print(f"- {escape(sentence)}", highlight=False)
     console.print()
     # soft_wrap: a path that is broken over lines can neither be clicked nor copied.
