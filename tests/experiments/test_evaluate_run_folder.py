@@ -364,7 +364,8 @@ def test_the_page_is_whole_and_made_of_the_files_alone(evaluated, tmp_path):
     assert section.styles["standard (other seeds)"].control
     (table,) = section.tables
     words = [line.what for line in table.lines]
-    assert words[:4] == ["as they are", "Gaussian noise sd 1/8", "FGSM eps 1/64", "FGSM eps 1/16"]
+    chosen = "as they are, the images disturbed below"
+    assert words[:5] == ["as they are", chosen, "Gaussian noise sd 1/8", "FGSM eps 1/64", "FGSM eps 1/16"]
     compat = words.index("PGD as papers run it (unverified) eps 1/255 normalised")
     assert words[compat + 5] == "PGD as papers run it (unverified) eps 6/255 normalised"
     assert section.pictures[0].name == "paper-compat"
@@ -375,6 +376,37 @@ def test_the_page_is_whole_and_made_of_the_files_alone(evaluated, tmp_path):
     assert evaluation_section(tmp_path) is None
     again = run_evaluation(dataclasses.replace(QUICK, model=str(evaluated.parent)))
     assert again.read_text() == page
+
+
+def test_clean_accuracy_is_given_on_the_images_that_were_attacked_too(evaluated):
+    (table,) = evaluation_section(evaluated).tables
+    line = table.lines[1]
+    assert line.n == table.lines[2].n == "30"
+    for arm, cell in zip(("standard", "twicing [2]", "standard (other seeds)"), line.cells, strict=True):
+        found = [one for one in read_predictions(evaluated / "predictions.npz").values() if one.arm == arm]
+        right = [np.isin(one.index[one.correct["clean"]], one.positions("pgd eps=1/64")).sum() for one in found]
+        assert cell.mean == pytest.approx(np.mean(right) / 30)
+    assert "the line of the same images as they are" in table.note
+
+
+def test_only_what_was_run_is_explained(run_folder, evaluated, tmp_path):
+    def note(*attacks, images=30):
+        options = dataclasses.replace(QUICK, model=str(run_folder), attacks=attacks, images=images)
+        page = run_evaluation(dataclasses.replace(options, out=tmp_path / "-".join([*attacks, str(images)])))
+        (table,) = evaluation_section(page.parent).tables
+        return table.note
+
+    explained = {"eps50": "eps50 is the median", "FGSM": "FGSM takes one step", "sizes": "Sizes are in units"}
+    every = evaluation_section(evaluated).tables[0].note
+    assert all(sentence in every for sentence in explained.values())
+    assert note("clean") == "Accuracy as a share of the images, of which each line says how many."
+    alone = note("clean", "fgsm")
+    assert explained["FGSM"] in alone
+    assert explained["sizes"] in alone
+    assert "eps50" not in alone
+    assert "PGD" not in alone
+    assert "Only some of the images were disturbed" in alone
+    assert "disturbed" not in note("clean", "noise", images=0)
 
 
 def test_random_numbers_do_not_depend_on_the_batch_size(run_folder, evaluated, tmp_path):

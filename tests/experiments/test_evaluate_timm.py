@@ -507,7 +507,8 @@ def test_points_at_which_nothing_is_left_are_marked(options, tmp_path):
         run_evaluation(attacked)
         (table,) = evaluation_section(tmp_path / name).tables
         found.append([line.what for line in table.lines])
-    assert found[0] == ["as they are", "PGD eps 1/16", "PGD eps 1", "eps50 under PGD"]
+    assert found[0][:2] == ["as they are", "as they are, the images disturbed below"]
+    assert found[0][2:] == ["PGD eps 1/16", "PGD eps 1", "eps50 under PGD"]
     assert found[1][-2:] == ["PGD eps 1 (floor)", "eps50 under PGD"]
 
 

@@ -45,6 +45,8 @@ from twicing.robustness.corruption_error import (
 from twicing.robustness.corruptions import CORRUPTIONS, SEVERITIES
 
 ABOUT, RESULTS, VERDICTS = "evaluation.json", "results.jsonl", "verdicts.json"
+# Of the held-out images.
+PREDICTIONS = "predictions.npz"
 CORRUPTION_ERROR = "corruption error [share of AlexNet's error]"
 MCE = "mCE, fifteen corruptions [share of AlexNet's error]"
 EXTRA_ERROR = "mean corruption error, extra four [share of AlexNet's error]"
@@ -182,8 +184,9 @@ def collect(folder: Path) -> list[Record]:
         records += own + _following(own)
     write_records(folder / RESULTS, records)
     for images, correct in answers.items():
-        suffix = "" if images == HELD_OUT else f"-{images.lower()}"
-        write_predictions(folder / f"predictions{suffix}.npz", correct)
+        write_predictions(
+            folder / (PREDICTIONS if images == HELD_OUT else f"predictions-{images.lower()}.npz"), correct
+        )
     if verdicts:
         write_json(folder / VERDICTS, verdicts)
     return records
