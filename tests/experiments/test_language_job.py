@@ -161,7 +161,7 @@ def test_the_page_shows_perplexities_swaps_and_curves(plan, jobs, tmp_path):
     page = write_report(tmp_path).read_text(encoding="utf-8")
     for words in ("<h2>Word swap</h2>", "words swapped, in %", "became &lt;unk&gt;", "The valid part chose no epoch"):
         assert words in page, words
-    assert "swapping targets too (paper_compat) can lower perplexity" in page
+    assert "swapping targets too (&#34;paper_compat&#34;) can lower perplexity" in page
     for words in ("held-out images", "Gradient masking", "an image point"):
         assert words not in page, words
     table = results_markdown(tmp_path)

@@ -74,6 +74,24 @@ def test_models_without_eps50_are_named(tmp_path):
     assert sentence.format(everyone) in said(tmp_path / "nobody", pgd, primary=[EPS50_PRIMARY])
 
 
+@pytest.mark.parametrize(
+    ("jobs", "said"), [(1, "Trainings ran one after another;"), (3, "3 trainings ran side by side;")]
+)
+def test_seconds_are_told_with_what_ran_beside_them(tmp_path, jobs, said):
+    text = text_of(tmp_path, one_by_seed("training time [s per step]", [0.1, 0.2]), jobs=jobs)
+    assert f"{said} seconds depend on the load of the machine." in text
+
+
+def test_a_perplexity_is_printed_with_its_unit_and_its_way(tmp_path):
+    metric = "test perplexity per word, segments"
+    primary = [{"name": "test perplexity", "metric": metric, "conditions": CLEAN, "better": "lower"}]
+    write_folder(tmp_path, one_by_seed(metric, [50.0, 51.0], "standard", CLEAN), primary=primary, limits="a text")
+    screen = io.StringIO()
+    print_summary(tmp_path, Console(file=screen, width=200))
+    assert "\nTest perplexity (per word, segments)" in screen.getvalue()
+    assert "\nA text.\n" in screen.getvalue()
+
+
 def test_an_eps50_of_zero_says_why(tmp_path):
     why = "half of the attacked images or more are wrong before any change."
     some = [*one_by_seed(EPS50, [0.0, 1 / 16], "standard", PGD), *one_by_seed(EPS50, [1 / 16, 0.0], "twicing", PGD)]
@@ -90,8 +108,8 @@ def test_an_eps50_of_zero_says_why(tmp_path):
 @pytest.mark.parametrize(
     ("modes", "became", "targets"),
     [
-        (("inputs only", "inputs and targets", "paper_compat"), "<unk>", "inputs and targets and paper_compat"),
-        (("inputs only", "paper_compat"), "<unk>", "paper_compat"),
+        (("inputs only", "inputs and targets", "paper_compat"), "<unk>", '"inputs and targets" and "paper_compat"'),
+        (("inputs only", "paper_compat"), "<unk>", '"paper_compat"'),
         (("inputs only",), "<unk>", ""),
         (("inputs only", "paper_compat"), "the characters", ""),
     ],

@@ -119,7 +119,8 @@ class Run:
     @property
     def limits(self) -> str:
         """What it cannot tell."""
-        return _capital(str(self.config.get("limits") or "the configuration does not say what this run cannot tell"))
+        said = str(self.config.get("limits") or "the configuration does not say what this run cannot tell")
+        return f"{_capital(said).rstrip('.')}."
 
     @property
     def arms(self) -> list[ReportedArm]:

@@ -163,7 +163,7 @@ def _title_line(run: Run) -> str:
         accuracy_reached(run),
     ]
     command = run.config.get("command") or "not recorded"
-    return f"`{command}`\n\n{'; '.join(facts)}. {run.limits.rstrip('.')}."
+    return f"`{command}`\n\n{'; '.join(facts)}. {run.limits}"
 
 
 def _head(run: Run, measure: Measure) -> str:

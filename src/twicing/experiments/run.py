@@ -112,4 +112,6 @@ def _announcement(plan: Plan, total: int, finished: int, side_by_side: int) -> s
     trainings = "1 training" if total == 1 else f"{total} trainings ({len(plan.arms)} arms x {len(plan.seeds)} seeds)"
     epochs = "1 epoch" if plan.recipe.all_epochs == 1 else f"{plan.recipe.all_epochs} epochs"
     already = f"; {finished} finished already" if finished else ""
-    return f"{plan.recipe.headline}: {trainings} of {epochs}, {side_by_side} side by side{already}."
+    at_once = f", {side_by_side} side by side" if side_by_side > 1 else ""
+    headline = f"{plan.recipe.headline[:1].upper()}{plan.recipe.headline[1:]}"
+    return f"{headline}: {trainings} of {epochs}{at_once}{already}."

@@ -124,9 +124,10 @@ def swapped_targets_sentence(records: Sequence[Record], notes: Sequence[str]) ->
     targets = [mode for mode in dict.fromkeys(modes) if mode != "inputs only"]
     if not targets:
         return ""
+    named = " and ".join(f'"{mode}"' for mode in targets)
     return (
-        f"{UNKNOWN} is common and easy to predict, so that swapping targets too ({' and '.join(targets)}) can lower "
-        'perplexity: of the word swaps only "inputs only" is a stress test here.'
+        f"{UNKNOWN} is common and easy to predict, so that swapping targets too ({named}) can lower perplexity: "
+        'of the word swaps only "inputs only" is a stress test here.'
     )
 
 

@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from twicing.experiments.findings import Row, primary_rows, read_run
+from twicing.experiments.metrics import is_perplexity
 from twicing.experiments.results import BASELINE
 from twicing.experiments.sentences import in_short, remarks
 from twicing.experiments.statistics import number, signed
@@ -20,9 +21,10 @@ def print_summary(run_folder: Path, console: Console) -> None:
     console.print(escape(run.title), style="bold")
     console.print(escape(run.limits))
     for measure in run.primaries:
-        table = Table(
-            title=escape(measure.title), title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0)
-        )
+        # A perplexity means nothing without its unit and its way.
+        unit = f" ({measure.metric.partition(' perplexity ')[2]})" if is_perplexity(measure.metric) else ""
+        title = escape(f"{measure.title}{unit}")
+        table = Table(title=title, title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
         for heading in ("arm", "mean", "sd", "difference", "95 % interval"):
             table.add_column(heading, justify="left" if heading == "arm" else "right", overflow="fold")
         for row in rows:
