@@ -41,7 +41,7 @@ Settings = Annotated[
 class Compare:
     """Train standard attention and other mechanisms side by side, and report what is shown and what is not.
 
-    Every mechanism is trained once per seed, on the same images in the same order from the same weights; differences
+    Every mechanism is trained once per seed, on the same data in the same order from the same weights; differences
     are paired by seed. Writes a folder with config, logs, checkpoints, results.jsonl, predictions.npz and report.html.
     Interrupted, it goes on where it stopped when the same command is given again.
 
