@@ -19,9 +19,11 @@ from twicing.analysis.collapse import (
     ENTROPY_SHARE,
     RANK,
     SHARE,
+    TOKEN_METRICS,
     measure_collapse,
     rms_distance_to_mean,
 )
+from twicing.analysis.layer_similarity import METRICS
 
 DEPTH, WIDTH, HEADS, TOKENS, INPUTS = 3, 24, 3, 17, 5
 
@@ -142,6 +144,13 @@ def test_the_distance_to_the_mean_grows_with_the_tokens_and_the_share_does_not()
     torch.testing.assert_close(rms_distance_to_mean(3 * tokens), 3 * rms_distance_to_mean(tokens))
     torch.testing.assert_close(rms_distance_to_mean(tokens + 100), rms_distance_to_mean(tokens))
     assert rms_distance_to_mean(torch.ones(1, 5, 3, dtype=torch.bfloat16)).tolist() == [0.0]
+
+
+def test_a_name_means_one_measure():
+    # The similarity of a report calls ||X - mean|| / ||X|| the distance to the mean token.
+    common = METRICS.keys() & TOKEN_METRICS.keys()
+    assert common == {COSINE, RANK}
+    assert all(METRICS[name] is TOKEN_METRICS[name] for name in common)
 
 
 def test_what_cannot_be_measured_is_refused(model, images):

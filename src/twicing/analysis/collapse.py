@@ -31,7 +31,7 @@ def rms_distance_to_mean(tokens: Tensor) -> Tensor:
 COSINE = "mean pairwise cosine"
 SHARE = "||X - mean|| / ||X||"
 RANK = "effective rank of centred tokens"
-DISTANCE = "distance to the mean token"
+DISTANCE = "rms distance to the mean token"
 TOKEN_METRICS: dict[str, Callable[[Tensor], Tensor]] = {
     COSINE: mean_pairwise_cosine,
     SHARE: distance_to_mean,

@@ -26,7 +26,7 @@ TITLES = {
     COSINE: "Mean pairwise cosine",
     SHARE: "||X - mean|| / ||X||",
     RANK: "Effective rank of centred tokens",
-    DISTANCE: "Distance to the mean token (rms)",
+    DISTANCE: "Rms distance to the mean token",
     ENTROPY: "Entropy of attention, in nats",
     ENTROPY_SHARE: "Entropy, share of the largest",
 }

@@ -19,7 +19,7 @@ COLUMNS = (
     ("cosine", (BLOCK_OUTPUT, COSINE)),
     ("||X - mean|| / ||X||", (BLOCK_OUTPUT, SHARE)),
     ("effective rank", (BLOCK_OUTPUT, RANK)),
-    ("distance to the mean", (BLOCK_OUTPUT, DISTANCE)),
+    (DISTANCE, (BLOCK_OUTPUT, DISTANCE)),
     ("entropy, nats", (ATTENTION, ENTROPY)),
     ("entropy, share", (ATTENTION, ENTROPY_SHARE)),
 )
