@@ -1,4 +1,8 @@
-"""The sentences of a verdict: each number stands where it belongs, and draws are compared with draws."""
+"""A verdict in sentences and curves: numbers stand where they belong, and a colour means one thing on a page."""
+
+import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from twicing.analysis.collapse import COSINE, CURVES, RANK, SHARE, Collapse
 from twicing.analysis.collapse_bands import resamples
 from twicing.analysis.collapse_verdict import judge
 from twicing.experiments.diagnose.diagnosis import Diagnosis
+from twicing.experiments.diagnose.figures import INITIAL_STYLE, model_styles, pictures, side_by_side
 from twicing.experiments.diagnose.words import HEADLINES, IN_TABLES, headline, reasons
 
 INPUTS = 10
@@ -77,3 +82,21 @@ def test_every_kind_has_its_words():
     }
     assert kinds < set(HEADLINES)
     assert len(kinds) == 4
+
+
+def test_a_colour_means_one_model_or_random_weights_on_all_of_a_page():
+    found = [diagnosis(made_up((10.0, 9.0)), made_up((9.0, 9.0))) for _ in range(7)]
+    named = [replace(one, case=SimpleNamespace(name=f"model {place}")) for place, one in enumerate(found)]
+    styles = model_styles(named)
+    assert INITIAL_STYLE.name not in {style.name for style in styles.values()}
+    assert len({(style.name, style.marker) for style in styles.values()}) == 7
+    together = "".join(panel.svg() for panel in side_by_side(named, styles).panels)
+    assert colours(together) == {style.name for style in styles.values()}
+    style = styles["model 4"]
+    *_, attention = pictures(named[4], 5, style)
+    assert all(colours(panel.svg()) == {style.name, INITIAL_STYLE.name} for panel in attention.panels)
+
+
+def colours(svg):
+    """The CSS variables of arms that a drawing uses."""
+    return set(re.findall(r"var\(--(arm-\d+)", svg))

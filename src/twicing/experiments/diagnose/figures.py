@@ -1,6 +1,6 @@
 """The curves by layer: a model against its random initialisation, and several models beside each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
@@ -21,7 +21,8 @@ from twicing.experiments.curves import Picture
 from twicing.experiments.diagnose.diagnosis import INITIAL, MODEL, Diagnosis
 from twicing.experiments.drawing import LINE_WIDTH, MARK_SIZE, Panel, Style, arm_styles, drawing_settings
 
-STYLES = arm_styles([INITIAL, MODEL])
+# Muted and broken, as controls are drawn: no model of a page has this look.
+INITIAL_STYLE = arm_styles([INITIAL], [INITIAL])[INITIAL]
 TITLES = {
     COSINE: "Mean pairwise cosine",
     SHARE: "||X - mean|| / ||X||",
@@ -37,8 +38,13 @@ MOST_MARKS = 16
 BESIDE = (COSINE, SHARE, RANK)
 
 
-def pictures(diagnosis: Diagnosis, place: int) -> list[Picture]:
-    """The figures of one model, the block outputs first. place: which model of the page it is."""
+def model_styles(diagnoses: Sequence[Diagnosis]) -> dict[str, Style]:
+    """How each model is drawn, by its name: the same on all of a page."""
+    return arm_styles([one.case.name for one in diagnoses])
+
+
+def pictures(diagnosis: Diagnosis, place: int, style: Style) -> list[Picture]:
+    """The figures of one model, the block outputs first. place: which model of the page it is. style: how it looks."""
     n, draws = diagnosis.model.inputs, len(diagnosis.draws)
     lines = f"Means over {n} inputs with 95 % bands over inputs; thin lines are the {draws} draws of random weights."
     kinds = (
@@ -55,7 +61,7 @@ def pictures(diagnosis: Diagnosis, place: int) -> list[Picture]:
         Picture(
             f"d{place}-{where.replace(' ', '-')}",
             [
-                _panel(diagnosis, f"d{place}-{where.replace(' ', '-')}-{number}", (where, m))
+                _panel(diagnosis, f"d{place}-{where.replace(' ', '-')}-{number}", (where, m), style)
                 for number, m in enumerate(metrics)
             ],
             caption,
@@ -65,9 +71,8 @@ def pictures(diagnosis: Diagnosis, place: int) -> list[Picture]:
 
 
 @drawing_settings()
-def side_by_side(diagnoses: Sequence[Diagnosis]) -> tuple[Picture, dict[str, Style]]:
-    """All models in one figure, their block outputs, and how each is drawn."""
-    styles = arm_styles([one.case.name for one in diagnoses])
+def side_by_side(diagnoses: Sequence[Diagnosis], styles: Mapping[str, Style]) -> Picture:
+    """All models in one figure, their block outputs."""
     panels = []
     for number, metric in enumerate(BESIDE):
         panel = Panel(f"all-{number}", TITLES[metric])
@@ -76,16 +81,16 @@ def side_by_side(diagnoses: Sequence[Diagnosis]) -> tuple[Picture, dict[str, Sty
             _line(panel.axes, curve.value.tolist(), styles[one.case.name])
         _finish(panel.axes, metric)
         panels.append(panel)
-    return Picture("all", panels, "Block outputs of all models, means over inputs."), styles
+    return Picture("all", panels, "Block outputs of all models, means over inputs.")
 
 
 @drawing_settings()
-def _panel(diagnosis: Diagnosis, name: str, key: tuple[str, str]) -> Panel:
+def _panel(diagnosis: Diagnosis, name: str, key: tuple[str, str], own: Style) -> Panel:
     panel = Panel(name, TITLES[key[1]])
     axes = panel.axes
     layers = range(1, diagnosis.model.layers + 1)
-    for which in (INITIAL, MODEL):
-        curve, style = diagnosis.curve(which, key), STYLES[which]
+    for which, style in ((INITIAL, INITIAL_STYLE), (MODEL, own)):
+        curve = diagnosis.curve(which, key)
         axes.fill_between(layers, curve.low, curve.high, color=style.color, alpha=0.18, linewidth=0)
         if which == INITIAL:
             for draw in diagnosis.draws:

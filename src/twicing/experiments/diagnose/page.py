@@ -10,8 +10,9 @@ from twicing.analysis.capture import BLOCK_OUTPUT
 from twicing.analysis.collapse import ATTENTION, COSINE, DISTANCE, ENTROPY, ENTROPY_SHARE, RANK, SHARE
 from twicing.analysis.collapse_bands import RESAMPLES
 from twicing.experiments.diagnose.diagnosis import INITIAL, MODEL, Diagnosis
-from twicing.experiments.diagnose.figures import STYLES, pictures, side_by_side
+from twicing.experiments.diagnose.figures import INITIAL_STYLE, model_styles, pictures, side_by_side
 from twicing.experiments.diagnose.words import IN_TABLES, RULES, headline, reasons, with_band
+from twicing.experiments.drawing import Style
 from twicing.experiments.report import PAPERS, typeset
 from twicing.experiments.statistics import number
 
@@ -43,15 +44,14 @@ def diagnosis_page(
         lstrip_blocks=True,
     )
     environment.filters |= {"typeset": _typeset}
-    together, styles = side_by_side(diagnoses) if len(diagnoses) > 1 else (None, {})
+    styles = model_styles(diagnoses)
     return environment.get_template("diagnosis.html").render(
         title=title,
-        findings=[_finding(one, place) for place, one in enumerate(diagnoses, start=1)],
+        findings=[_finding(one, place, styles[one.case.name]) for place, one in enumerate(diagnoses, start=1)],
         inputs=dict.fromkeys(one.inputs.words for one in diagnoses),
         notes=[*notes, *dict.fromkeys(one.inputs.caution for one in diagnoses if one.inputs.caution)],
-        together=together,
+        together=side_by_side(diagnoses, styles) if len(diagnoses) > 1 else None,
         styles=styles,
-        key={name: STYLES[name] for name in (MODEL, INITIAL)},
         columns=[name for name, _ in COLUMNS],
         rules=RULES,
         resamples=RESAMPLES,
@@ -67,7 +67,7 @@ def _typeset(text: object) -> Markup:
     return Markup(typeset(text).replace(formula, Markup('<span class="formula">{}</span>').format(MINUS)))
 
 
-def _finding(diagnosis: Diagnosis, place: int) -> dict[str, Any]:
+def _finding(diagnosis: Diagnosis, place: int, style: Style) -> dict[str, Any]:
     facts, case = diagnosis.verdict.facts, diagnosis.case
     named = {"rank": facts.rank, "kept": facts.kept, "against": facts.against, "share": facts.share}
     return {
@@ -76,7 +76,8 @@ def _finding(diagnosis: Diagnosis, place: int) -> dict[str, Any]:
         "headline": headline(diagnosis),
         "reasons": reasons(diagnosis),
         "facts": {name: with_band(one) for name, one in named.items()},
-        "pictures": pictures(diagnosis, place),
+        "pictures": pictures(diagnosis, place, style),
+        "key": {MODEL: style, INITIAL: INITIAL_STYLE},
         "layers": _by_layer(diagnosis),
         "about": (
             ("mechanism", case.mechanism),
