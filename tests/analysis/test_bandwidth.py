@@ -9,7 +9,7 @@ from torch import nn
 
 from twicing.adapters.surgery import convert, spec
 from twicing.analysis.attention_inputs import record_attention
-from twicing.analysis.bandwidth import FACTORS, answers_by_factor, scaled_logits
+from twicing.analysis.bandwidth import FACTORS, answers_by_factor, log_probabilities_by_factor, scaled_logits
 from twicing.mechanisms import Mechanism
 
 IMAGES = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(3))
@@ -143,9 +143,25 @@ def test_answers_are_those_of_the_scaled_model_whatever_the_batch(make_vit):
     assert not torch.equal(found[0], found[2])
 
 
+def test_log_probabilities_are_those_of_the_targets_under_the_scaled_model(make_vit):
+    model, targets = make_vit(), torch.tensor([3, 0, 2, 1, 3])
+    passed = []
+    found = log_probabilities_by_factor(model, IMAGES, targets, (0.5, 1.0), batch_size=2, passed=passed.append)
+    assert found.dtype == torch.float64
+    assert passed == [2, 2, 1] * 2
+    for row, factor in zip(found, (0.5, 1.0), strict=True):
+        with torch.no_grad(), scaled_logits(model, factor):
+            scores = model(IMAGES).double()
+        expected = scores.softmax(1)[torch.arange(5), targets].log()
+        torch.testing.assert_close(row, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(*found)
+    with pytest.raises(ValueError, match="a target for each of the 5 inputs: got 4"):
+        log_probabilities_by_factor(model, IMAGES, targets[:4])
+
+
 def test_training_mode_no_images_and_no_attention_are_refused(make_vit):
     model = make_vit()
-    with pytest.raises(ValueError, match="got 0 images"):
+    with pytest.raises(ValueError, match="got 0 inputs"):
         answers_by_factor(model, IMAGES[:0])
     with pytest.raises(ValueError, match="eval mode"):
         answers_by_factor(model.train(), IMAGES)

@@ -6,7 +6,8 @@ from torch import nn
 
 from twicing.adapters.surgery import convert
 from twicing.analysis.attention_inputs import record_attention
-from twicing.analysis.logit_parts import PARTS, centred_rows, logit_parts, sum_of
+from twicing.analysis.logit_parts import PARTS, centred_rows, logit_parts, mean_square, sum_of
+from twicing.models.language import language_model
 
 IMAGES = torch.rand(2, 1, 8, 8, generator=torch.Generator().manual_seed(5))
 
@@ -105,10 +106,72 @@ def test_centred_rows_are_the_same_attention():
     torch.testing.assert_close(centred_rows(logits).sum(-1), torch.zeros(2, 5), atol=1e-5, rtol=0)
 
 
+def test_causal_rows_are_centred_over_what_a_query_sees():
+    logits = torch.randn(2, 5, 5, dtype=torch.float64)
+    found = centred_rows(logits, causal=True)
+    for row in range(5):
+        seen = logits[:, row, : row + 1]
+        torch.testing.assert_close(found[:, row, : row + 1], seen - seen.mean(-1, keepdim=True))
+        assert not found[:, row, row + 1 :].any()
+    entries = torch.cat([found[:, row, : row + 1] for row in range(5)], dim=1)
+    torch.testing.assert_close(mean_square(found, causal=True), entries.square().mean(1))
+    torch.testing.assert_close(mean_square(logits), logits.square().mean((-1, -2)))
+
+
+SENTENCES = torch.randint(20, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def lively_language_model(**options):
+    sizes = {"vocabulary": 20, "length": 9, "depth": 2, "width": 16, "heads": 2, "inner": 8}
+    model = language_model(seed=2, **sizes, **options).eval()
+    with torch.no_grad():
+        for name, parameter in model.blocks[0].named_parameters():
+            if name.endswith("bias") or "norm" in name:
+                parameter.normal_()
+    return model
+
+
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned"])
+def test_the_parts_of_a_language_model_are_those_of_words_and_positions(norm, positions):
+    model = lively_language_model(norm=norm, positions=positions, attention_bias=True)
+    found = logit_parts(nn.Sequential(model), SENTENCES)
+    assert found.causal
+    words, width = model.embedding.weight[SENTENCES].double(), 16
+    if positions == "learned":
+        added = model.position.weight[:7].double()
+    else:
+        words = words * width**0.5
+        # Counted from the end, all sines before all cosines.
+        place = torch.arange(6, -1, -1, dtype=torch.float64)
+        angles = place[:, None] * 10000.0 ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        added = torch.cat([angles.sin(), angles.cos()], 1)
+    block, sides = model.blocks[0], {}
+    x = words + added
+    for name, one in (("token", words), ("position", added.expand_as(words))):
+        if norm == "pre":
+            deviation = (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+            one = block.attention_norm.weight.double() * (one - one.mean(-1, keepdim=True)) / deviation
+        sides[name] = (one @ block.attention.qkv.weight.double().T).detach().reshape(2, 7, 3, 2, 8)
+    for name in PARTS:
+        left, right = (sides[side] for side in name.split("-"))
+        expected = torch.einsum("bihd,bjhd->bhij", left[:, :, 0], right[:, :, 1]) / 8**0.5
+        torch.testing.assert_close(found.parts[name], expected, atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(sum_of(found.parts) + found.rest, found.logits, atol=1e-5, rtol=1e-3)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_other_tokens_than_words_and_positions_are_noticed():
+    model = lively_language_model()
+    model.dropout.register_forward_hook(lambda _module, _inputs, output: 2 * output)
+    with pytest.raises(ValueError, match="what enters the first layer of LanguageModel is not its words and positions"):
+        logit_parts(model, SENTENCES)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"pos_embed": "none"}, "no additive absolute positions"),
+        ({"pos_embed": "none"}, "keeps no additive absolute positions"),
         ({"qk_norm": True}, "has a q_norm"),
         ({"pre_norm": True}, "has a norm_pre"),
     ],

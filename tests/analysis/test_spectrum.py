@@ -7,7 +7,15 @@ import torch
 
 from twicing.adapters.surgery import convert
 from twicing.analysis.products import mean_of_heads, product_ranks
-from twicing.analysis.spectrum import ROUNDING, eigenvalues, fits_theory, is_real, rank_of, singular_values
+from twicing.analysis.spectrum import (
+    ROUNDING,
+    eigenvalues,
+    fits_theory,
+    is_causal,
+    is_real,
+    rank_of,
+    singular_values,
+)
 from twicing.analysis.spectrum_filter import STANDARD, TWICED, Filter, filters_of
 from twicing.mechanisms import Twicing
 from twicing.ops.reference import attention_matrix, effective_matrix
@@ -30,6 +38,23 @@ def random_attention(*shape, seed=0):
 
 def cycle(n):
     return torch.roll(torch.eye(n, dtype=torch.float64), 1, 0)
+
+
+def test_causal_matrices_have_their_diagonals_as_eigenvalues_exactly():
+    draw = torch.Generator().manual_seed(0)
+    query, key = (3 * torch.randn(2, 3, 9, 4, generator=draw, dtype=torch.float64) for _ in range(2))
+    causal, free = attention_matrix(query, key, is_causal=True), attention_matrix(query, key)
+    assert is_causal(causal)
+    assert not is_causal(free)
+    # One free matrix among them, and they are no longer taken as causal.
+    assert not is_causal(torch.stack([causal, free]))
+    found = eigenvalues(causal)
+    assert torch.equal(found.real, causal.diagonal(dim1=-2, dim2=-1).sort(-1, descending=True).values)
+    assert not found.imag.any()
+    assert fits_theory(found).all()
+    # Characteristic polynomials agree: det(A - x I) is zero at each.
+    x = found.real[..., None, None] * torch.eye(9, dtype=torch.float64)
+    assert torch.linalg.det(causal[..., None, :, :] - x).abs().max() < 1e-12
 
 
 def test_a_symmetric_matrix_has_its_moduli_as_singular_values():

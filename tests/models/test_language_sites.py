@@ -110,7 +110,8 @@ def test_neutreno_reads_the_first_layers_values(model, tokens):
     features = model(tokens)
     assert not torch.isclose(features, kept(tokens)).all()
     lam = 0.6
-    x = kept.dropout(kept._embedded(tokens))
+    words, positions = kept.words_and_positions(tokens)
+    x = kept.dropout(words + positions)
     first = None
     for number, block in enumerate(kept.blocks):
         q, k, v = block.attention.qkv(x).view(2, 12, 3, 2, 8).permute(2, 0, 3, 1, 4)

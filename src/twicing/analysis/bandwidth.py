@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -60,30 +61,67 @@ def scaled_logits(model: nn.Module, factor: float) -> Iterator[None]:
             conversion.undo()
 
 
-@torch.no_grad()
 def answers_by_factor(
     model: nn.Module,
-    images: Tensor,
+    inputs: Tensor,
     factors: Sequence[float] = FACTORS,
     *,
     batch_size: int = 64,
     passed: Callable[[int], None] = lambda _: None,
 ) -> Tensor:
-    """The class that the model takes for each image, [factors, images], on the CPU, with its logits scaled by each.
+    """What the model answers for each input with its logits scaled by each factor, [factors, inputs], on the CPU.
 
-    images: [n, ...], what the model takes; the model in eval mode. passed: told after each batch how many images.
-    Raises ValueError for a model in training mode or no images, and what scaled_logits() raises.
+    The class, or the next word, of the largest score. inputs: [n, ...], what the model takes, which gives scores [b, V]
+    of them; in eval mode. passed: told after each batch how many inputs.
+    Raises ValueError for a model in training mode or no inputs, and what scaled_logits() raises.
     """
+    return _by_factor(model, inputs, factors, batch_size, passed, lambda scores, _places: scores.argmax(-1))
+
+
+def log_probabilities_by_factor(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    factors: Sequence[float] = FACTORS,
+    *,
+    batch_size: int = 64,
+    passed: Callable[[int], None] = lambda _: None,
+) -> Tensor:
+    """log p(target) in nats with the logits scaled by each factor, [factors, inputs], float64, on the CPU.
+
+    targets: [n], whole numbers: the class of each input, or the word that comes next. Else as answers_by_factor().
+    """
+    if len(targets) != len(inputs):
+        raise ValueError(f"it takes a target for each of the {len(inputs)} inputs: got {len(targets)}.")
+
+    def read(scores: Tensor, places: slice) -> Tensor:
+        wanted = targets[places].to(scores.device)
+        return -F.cross_entropy(scores.float(), wanted, reduction="none").double()
+
+    return _by_factor(model, inputs, factors, batch_size, passed, read)
+
+
+@torch.no_grad()
+def _by_factor(
+    model: nn.Module,
+    inputs: Tensor,
+    factors: Sequence[float],
+    batch_size: int,
+    passed: Callable[[int], None],
+    read: Callable[[Tensor, slice], Tensor],
+) -> Tensor:
+    """What `read` makes of the scores of the inputs at these places, [factors, inputs]."""
     if model.training:
         raise ValueError("the model must be in eval mode, as dropout would change the answers: call model.eval().")
-    if len(images) == 0 or batch_size < 1:
-        raise ValueError(f"it takes an image and a batch_size of 1 or more: got {len(images)} images and {batch_size}.")
+    if len(inputs) == 0 or batch_size < 1:
+        raise ValueError(f"it takes an input and a batch_size of 1 or more: got {len(inputs)} inputs and {batch_size}.")
     found = []
     for factor in factors:
         with scaled_logits(model, factor):
-            answers = []
-            for batch in images.split(batch_size):
-                answers.append(model(batch).argmax(-1).cpu())
-                passed(len(batch))
-            found.append(torch.cat(answers))
+            read_off = []
+            for start in range(0, len(inputs), batch_size):
+                places = slice(start, min(start + batch_size, len(inputs)))
+                read_off.append(read(model(inputs[places]), places).cpu())
+                passed(places.stop - start)
+            found.append(torch.cat(read_off))
     return torch.stack(found)

@@ -78,7 +78,8 @@ class LanguageModel(nn.Module):
 
         Raises ValueError for a longer window where positions are learned.
         """
-        x = self.dropout(self._embedded(tokens))
+        words, positions = self.words_and_positions(tokens)
+        x = self.dropout(words + positions)
         for block in self.blocks:
             x = block(x)
         features: Tensor = self.last(x)
@@ -124,15 +125,19 @@ class LanguageModel(nn.Module):
                 read_values=partial(values_of, heads=attention.num_heads),
             )
 
-    def _embedded(self, tokens: Tensor) -> Tensor:
+    def words_and_positions(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """What the tokens enter the first block as: the sum of words, [B, N, C], and positions, [N, C].
+
+        Raises ValueError for a longer window where positions are learned.
+        """
         if self.positions == "sinusoidal":
             words: Tensor = self.embedding(tokens) * self.width**0.5
-            return words + reversed_sinusoids(tokens.shape[1], self.width, like=words)
+            return words, reversed_sinusoids(tokens.shape[1], self.width, like=words)
         if tokens.shape[1] > self.length:
             raise ValueError(
                 f"a model with {self.length} learned positions takes windows up to that length: got {tokens.shape[1]}."
             )
-        return self.embedding(tokens) + self.position.weight[: tokens.shape[1]]
+        return self.embedding(tokens), self.position.weight[: tokens.shape[1]]
 
 
 class DecoderBlock(nn.Module):
