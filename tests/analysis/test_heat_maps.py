@@ -1,8 +1,11 @@
 """Heat maps: recomputed from a fused model they are an unfused one's softmax; laid out and coloured as they say."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from twicing.analysis.attention_inputs import record_attention
 from twicing.analysis.heat_maps import FEWEST_PATCHES, Patches, patches_of
@@ -19,7 +22,7 @@ def test_a_fused_models_map_is_the_softmax_of_an_unfused_one(make_vit):
     with record_attention(fused, reduce=lambda inputs: inputs.matrix()) as recorded, torch.no_grad():
         fused(images)
         unfused(images)
-    patches = patches_of(fused)
+    patches = patches_of(fused, 17)
     for layer, attn in enumerate(explicit, start=1):
         found = patches.laid_out(recorded.tensor(layer))
         assert found.shape == (2, 3, 4, 4)
@@ -54,13 +57,31 @@ def test_few_patches_are_too_few():
 
 
 def test_the_grid_is_read_from_the_model(make_vit):
-    assert patches_of(make_vit()) == Patches(1, 4, 4)
-    assert patches_of(make_vit(distilled=True)) == Patches(2, 4, 4)
-    assert patches_of(make_vit(class_token=False, global_pool="avg")) == Patches(0, 4, 4)
+    assert patches_of(make_vit(), 17) == Patches(1, 4, 4)
+    assert patches_of(make_vit(distilled=True), 18) == Patches(2, 4, 4)
+    assert patches_of(make_vit(class_token=False, global_pool="avg"), 16) == Patches(0, 4, 4)
     model = make_vit()
     del model.num_prefix_tokens
-    with pytest.raises(ValueError, match="does not say how its tokens lie on the image"):
-        patches_of(model)
+    with pytest.raises(ValueError, match="does not say how its 17 tokens lie on the image"):
+        patches_of(model, 17)
+
+
+def test_the_grid_is_read_from_a_config_around_the_model(make_vit):
+    outer, inner = nn.Module(), nn.Module()
+    outer.add_module("inner", inner)
+    inner.add_module("vit", make_vit(distilled=True))
+    del inner.vit.num_prefix_tokens
+    # The nearest one says it.
+    outer.config = SimpleNamespace(image_size=64, patch_size=2)
+    inner.config = SimpleNamespace(image_size=8, patch_size=2)
+    assert patches_of(outer, 18) == Patches(2, 4, 4)
+    assert patches_of(outer, 16) == Patches(0, 4, 4)
+    with pytest.raises(ValueError, match="does not say how its 15 tokens lie on the image"):
+        patches_of(outer, 15)
+    inner.config = SimpleNamespace(image_size=(8, 8), patch_size=2)
+    outer.config = None
+    with pytest.raises(ValueError, match="does not say how its 18 tokens lie"):
+        patches_of(outer, 18)
 
 
 def test_a_sequential_overlay_goes_from_dark_to_bright_over_the_grey_image():

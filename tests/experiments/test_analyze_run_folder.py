@@ -159,7 +159,7 @@ def test_it_lies_below_the_run_and_says_what_is_left_out(run_folder, analyzed, n
     assert not_trained.count("seed") == 3
     assert not_known.startswith("two-attentions, seed 0: ")
     output = said.file.getvalue()
-    assert "[7 of 7] smooth-more, seed 0" in output
+    assert "[6 of 6] smooth-more, seed 0" in output
     assert str(analyzed / "analysis.html") in output.replace("\n", "")
     assert "4 x 4 patches here, too few for a heat map" in output
 
@@ -176,7 +176,7 @@ def test_formulas_and_sizes_are_told(numbers):
     (unknown, *_) = numbers["models"]["neutreno, seed 0"]["notes"]
     assert unknown.startswith("What layer 1, 2, 3 multiplies its values by is not known")
     assert numbers["about"]["command"] == "twicing analyze RUN"
-    assert numbers["about"]["spectrum_images"] == IMAGES
+    assert numbers["about"]["spectrum_inputs"] == IMAGES
 
 
 @pytest.mark.parametrize(("label", "seed"), [("standard", 1), ("twicing [2-3]", 0), ("smooth-more", 0)])
@@ -453,7 +453,7 @@ def test_a_diverged_model_is_left_out_in_a_sentence(run_folder, tmp_path, monkey
 
     def diverged(self):
         model = build(self)
-        if self.subject.label != "standard":
+        if self.case.label != "standard":
             model.network.blocks[1].attn.qkv.weight.data.fill_(float("nan"))
         return model
 

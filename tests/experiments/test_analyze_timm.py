@@ -21,9 +21,9 @@ from twicing.experiments.analyze import run as run_module
 from twicing.experiments.analyze.keep import read_analysis
 from twicing.experiments.analyze.maps import map_grids, part_grids
 from twicing.experiments.analyze.options import Analyze
-from twicing.experiments.analyze.pictures import VIEWS, folder_pictures, photographs
 from twicing.experiments.analyze.run import run
 from twicing.experiments.analyze.subjects import looked_at
+from twicing.experiments.cases.inputs import VIEWS, folder_inputs, photograph_inputs, spread
 from twicing.torchvision_import import mend_torchvision_import
 
 sys.path.append(str(Path(__file__).parents[1] / "data"))
@@ -94,7 +94,7 @@ def no_page(monkeypatch):
 
 
 def shown_pictures(pictures, count):
-    return folder_pictures(pictures, count, 48).pixels
+    return folder_inputs(pictures, count, 48).sampled()[0]
 
 
 def explicit_softmax(images, twiced=()):
@@ -129,7 +129,7 @@ def test_both_are_there_with_the_same_pictures(analyzed, options):
     expected = (255 * shown_pictures(options.images, 6)[:2]).round().to(torch.uint8).numpy()
     for name in found.models:
         assert (found.arrays[name]["pictures"] == expected).all()
-    assert found.about["pictures"].startswith("6 of the 7 pictures in ")
+    assert found.about["shown"].startswith("6 of the 7 pictures in ")
 
 
 def test_heat_maps_are_the_softmax_of_an_unfused_model(analyzed, options):
@@ -285,7 +285,7 @@ def test_without_a_conversion_the_same_weights_are_twiced_for_the_bandwidth_alon
     # It is what a conversion by hand answers.
     model = looked[0].build()
     convert(model, "twicing")
-    images = looked[0].pictures(6).pixels
+    images, _ = looked[0].case.inputs().sampled()
     with torch.no_grad():
         own = model(images).argmax(1)
         with scaled_logits(model, 2.0):
@@ -297,7 +297,7 @@ def test_several_models_are_told_apart(checkpoint, tmp_path):
     torch.save(network(seed=2).state_dict(), second)
     options = dataclasses.replace(OPTIONS, models=(NAME, NAME), checkpoint=(checkpoint, second))
     models, folder, left_out = looked_at(options)
-    labels = [one.subject.label for one in models]
+    labels = [one.case.label for one in models]
     assert labels[0].startswith(f"{NAME} (trained.pth ")
     assert labels[1].startswith(f"{NAME} (other.pth ")
     assert folder.parent == Path("runs")
@@ -309,53 +309,60 @@ def test_several_models_are_told_apart(checkpoint, tmp_path):
 def test_random_weights_are_said_and_attention_that_cannot_be_seen_is_made_to(monkeypatch):
     models, _, left_out = looked_at(OPTIONS)
     assert left_out == ["Weights are random: give --checkpoint FILE or --pretrained to see trained models."]
-    network = models[0].subject.build().network
+    network = models[0].case.build().network
     for block in network.blocks:
         block.attn.fused_attn = False
     assert all(block.attn.fused_attn for block in models[0].build().network.blocks)
 
 
 def test_photographs_are_seeded_views():
-    first, again, other = (photographs(6, 48, seed) for seed in (0, 0, 1))
-    assert first.pixels.shape == (6, 3, 48, 48)
-    assert first.labels is None
-    assert torch.equal(first.pixels, again.pixels)
+    first, again, other = (photograph_inputs(6, 48, seed) for seed in (0, 0, 1))
+    pixels, labels = first.sampled()
+    assert pixels.shape == (6, 3, 48, 48)
+    assert labels is None
+    assert torch.equal(pixels, again.load(range(6)))
     # The photographs themselves come first, whatever the seed.
-    assert torch.equal(first.pixels[:2], other.pixels[:2])
-    assert not torch.equal(first.pixels[2:], other.pixels[2:])
+    assert torch.equal(pixels[:2], other.load([0, 1]))
+    assert not torch.equal(pixels[2:], other.load([2, 3, 4, 5]))
     assert "two sample photographs and 4 views cut from them, as no --images were given" in first.words
-    assert torch.equal(photographs(1, 48, 0).pixels, first.pixels[:1])
-    assert len({tuple(one.flatten()[:50].tolist()) for one in first.pixels}) == 6
+    assert torch.equal(photograph_inputs(1, 48, 0).load([0]), pixels[:1])
+    assert len({tuple(one.flatten()[:50].tolist()) for one in pixels}) == 6
     assert VIEWS == 32
 
 
 def test_never_more_views_than_make_sense(monkeypatch):
-    from twicing.experiments.analyze import pictures
+    from twicing.experiments.cases import inputs
 
-    monkeypatch.setattr(pictures, "VIEWS", 3)
-    assert len(photographs(100, 8, 0).pixels) == 3
+    monkeypatch.setattr(inputs, "VIEWS", 3)
+    assert photograph_inputs(100, 8, 0).count == 3
 
 
 def test_a_folder_is_read_evenly_in_the_order_of_names(pictures):
     names = [f"class{place % 2}/{(3 * place) % 7}.png" for place in range(7)]
     seed_of = {name: seed for seed, name in enumerate(names)}
-    found = folder_pictures(pictures, 3, 48)
+    found = folder_inputs(pictures, 3, 48)
     # Of three evenly spaced ones the first two are the outer ones.
     chosen = [sorted(names)[place] for place in (0, 4, 2)]
     from twicing.data.transforms import test_transform as transform_to
 
     expected = torch.stack([transform_to(48)(picture((60, 54), seed=seed_of[name])) for name in chosen])
-    assert torch.equal(found.pixels, expected)
+    assert torch.equal(found.sampled()[0], expected)
     assert found.words == f"3 of the 7 pictures in {pictures}"
-    assert len(folder_pictures(pictures, 100, 48).pixels) == 7
+    assert folder_inputs(pictures, 100, 48).count == 7
     assert to_tensor(picture((60, 54), seed=0)).shape == (3, 54, 60)
+
+
+def test_every_beginning_of_an_order_is_spread():
+    for count in (1, 2, 5, 8, 13):
+        assert sorted(spread(count)) == list(range(count))
+    assert spread(8) == [0, 4, 2, 6, 1, 5, 3, 7]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"models": ()}, "name a run folder"),
-        ({"models": ("vit_tiny_patch16_225",)}, "neither a run folder.*nor one of timm's"),
+        ({"models": ("vit_tiny_patch16_225",)}, "neither a folder nor one of timm's"),
         ({"layers": "1-2"}, "name it with --convert"),
         ({"options": ("gain=1",)}, "name it with --convert"),
         ({"convert": "twice"}, "Unknown mechanism 'twice'"),
@@ -375,10 +382,10 @@ def test_options_that_do_not_fit_are_told(changes, message, tmp_path):
 
 def test_an_empty_folder_and_a_broken_picture_are_told(tmp_path):
     with pytest.raises(ValueError, match="holds no picture"):
-        folder_pictures(tmp_path, 3, 48)
+        folder_inputs(tmp_path, 3, 48)
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"a\.png cannot be read as an image"):
-        folder_pictures(tmp_path, 3, 48)
+        folder_inputs(tmp_path, 3, 48).sampled()
 
 
 def test_a_checkpoint_of_another_mechanism_is_told_with_this_commands_options(checkpoint, tmp_path):

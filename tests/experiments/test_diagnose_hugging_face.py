@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from rich.console import Console
+from saved_transformers import save_bert, save_llama, save_tokenizer, save_vit
 
 from twicing.adapters.surgery import convert, spec
 from twicing.analysis.capture import BLOCK_OUTPUT
@@ -16,26 +17,6 @@ from twicing.experiments.diagnose.diagnosis import diagnose_case
 from twicing.experiments.diagnose.options import Diagnose
 from twicing.experiments.diagnose.run import run
 
-WORDS = [
-    "[UNK]",
-    "[CLS]",
-    "[SEP]",
-    "the",
-    "a",
-    "of",
-    "to",
-    "in",
-    "and",
-    "is",
-    "that",
-    "it",
-    "for",
-    "name",
-    "value",
-    "class",
-    "function",
-    "object",
-]
 WINDOWS, TOKENS = 5, 16
 
 
@@ -49,71 +30,19 @@ def hf():
     return importlib.import_module("transformers")
 
 
-def save_tokenizer(folder, special):
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    if special:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-        )
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def llama(hf, tmp_path_factory):
-    """A Llama with grouped queries, saved with its language head, in half precision."""
-    folder = tmp_path_factory.mktemp("hf") / "tiny-llama"
-    config = hf.LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=TOKENS,
-    )
-    torch.manual_seed(3)
-    hf.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    save_tokenizer(folder, special=False)
-    return folder
+    return save_llama(hf, tmp_path_factory.mktemp("hf") / "tiny-llama", TOKENS)
 
 
 @pytest.fixture(scope="module")
 def bert(hf, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hf") / "tiny-bert"
-    config = hf.BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=24,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        max_position_embeddings=64,
-    )
-    torch.manual_seed(3)
-    # Without the pooler, which no token of the blocks passes through.
-    hf.BertForMaskedLM(config).save_pretrained(folder)
-    save_tokenizer(folder, special=True)
-    return folder
+    return save_bert(hf, tmp_path_factory.mktemp("hf") / "tiny-bert")
 
 
 @pytest.fixture(scope="module")
 def vit(hf, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hf") / "tiny-vit"
-    config = hf.ViTConfig(
-        hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=3, image_size=32, patch_size=8
-    )
-    torch.manual_seed(3)
-    hf.ViTModel(config).save_pretrained(folder)
-    settings = {
-        "image_mean": [0.5, 0.4, 0.3],
-        "image_std": [0.2, 0.3, 0.4],
-        "image_processor_type": "ViTImageProcessor",
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return folder
+    return save_vit(hf, tmp_path_factory.mktemp("hf") / "tiny-vit")
 
 
 def quick(folder, **changes):

@@ -112,7 +112,7 @@ def test_the_trained_model_stands_beside_fresh_weights_of_its_arm(run_folder, tm
 
 
 def test_an_arm_that_the_library_cannot_look_into_is_left_out_with_its_reason(run_folder, monkeypatch):
-    from twicing.experiments.diagnose import run_folder as module
+    from twicing.experiments.cases import run_folder as module
 
     real = module.find_sites
 

@@ -49,19 +49,36 @@ class Patches:
         return taken[..., self.prefix :].unflatten(-1, (self.rows, self.columns))
 
 
-def patches_of(model: nn.Module) -> Patches:
-    """How the tokens of a vision transformer lie on its image.
+def patches_of(model: nn.Module, tokens: int) -> Patches:
+    """How so many tokens of a vision transformer lie on its image.
 
-    Read from what holds its blocks: `patch_embed.grid_size` and `num_prefix_tokens`, as timm names them.
-    Raises ValueError where these are not there, so that no map can be drawn.
+    Read from what holds its blocks, `patch_embed.grid_size` and `num_prefix_tokens`, as timm names them; or from a
+    config with image_size and patch_size around it, as models of transformers have, where all tokens but the patches
+    come first.
+    Raises ValueError where neither is there, or there are fewer tokens than patches, so that no map can be drawn.
     """
     path = sites_to_look_into(model)[0].stack
     holder = model.get_submodule(path.rpartition(".")[0])
     grid = getattr(getattr(holder, "patch_embed", None), "grid_size", None)
     prefix = getattr(holder, "num_prefix_tokens", None)
     if grid is None or prefix is None:
+        grid = _grid_of_config(model, path)
+        prefix = tokens - grid[0] * grid[1]
+    if min(grid) < 1 or prefix < 0:
         raise ValueError(
-            f"{type(holder).__name__} does not say how its tokens lie on the image (patch_embed.grid_size and "
-            "num_prefix_tokens, as timm's vision transformers do), so there is no map of it."
+            f"{type(holder).__name__} does not say how its {tokens} tokens lie on the image (patch_embed.grid_size and "
+            "num_prefix_tokens, as timm's vision transformers do, or a config with image_size and patch_size, as those "
+            "of transformers), so there is no map of it."
         )
     return Patches(int(prefix), int(grid[0]), int(grid[1]))
+
+
+def _grid_of_config(model: nn.Module, path: str) -> tuple[int, int]:
+    """Patches each way by the nearest config around a part of the model; (0, 0) where there is none."""
+    while path:
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
+        pixels, of_patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
+        if isinstance(pixels, int) and isinstance(of_patch, int):
+            return pixels // of_patch, pixels // of_patch
+    return 0, 0

@@ -10,12 +10,16 @@ from typing import Any
 import numpy as np
 
 from twicing.experiments.analyze.measure import Arrays
+from twicing.experiments.cases.inputs import IMAGES
 from twicing.experiments.results import read_json, replace_file, write_json
 
 # Below a run folder: what `twicing analyze` found of its models.
 ANALYSIS = "analysis"
 NUMBERS, ARRAYS = "analysis.json", "arrays.npz"
 TABLES = ("spectrum", "products", "bandwidth", "logit_parts")
+
+# What the bandwidth test measures, as its rows name it.
+ACCURACY, AGREEMENT, LOG_PROBABILITY = "accuracy", "agreement", "log-probability"
 
 Rows = list[dict[str, Any]]
 
@@ -37,6 +41,16 @@ class Analysis:
     logit_parts: Rows = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     arrays: dict[str, Arrays] = field(default_factory=dict)
+
+    @property
+    def unit(self) -> str:
+        """What the models were shown, "images" or "windows". All that was looked at before text was images."""
+        return str(self.about.get("unit", IMAGES))
+
+    @property
+    def causal(self) -> bool:
+        """Whether every model's attention is: only language models can be."""
+        return bool(self.about.get("causal", False))
 
 
 def write_analysis(folder: Path, analysis: Analysis) -> None:
@@ -82,7 +96,7 @@ def read_analysis(folder: Path) -> Analysis | None:
 
 
 def _spectra_rows(analysis: Analysis) -> dict[str, Rows]:
-    """The spectra themselves, of the first image and the models that are drawn."""
+    """The spectra themselves, of the first input and the models that are drawn."""
     eigenvalues: Rows = []
     singular: Rows = []
     for model, arrays in analysis.arrays.items():

@@ -73,10 +73,12 @@ def part_grids(analysis: Analysis) -> list[Grid]:
         ]
         rows.append((analysis.models[name]["label"], "", tuple(cells)))
     caption = (
-        "Logits of layer 1, queries downwards and keys to the right, mean over heads and images, without each row's "
-        "mean, which softmax does not see; blue is negative, white 0, red positive, on one scale for each model, and "
-        "the number is the largest modulus. Our reading of figure 1 of arXiv 2506.10371: the standard deviation in "
-        "LayerNorm is held at each token's own, so that the four and a constant rest sum to the logits exactly."
+        f"Logits of layer 1, queries downwards and keys to the right, mean over heads and {analysis.unit}, without "
+        "each row's mean, which softmax does not see; blue is negative, white 0, red positive, on one scale for each "
+        "model, and the number is the largest modulus. "
+        f"{'Above the diagonal lie keys that a query does not see. ' if analysis.causal else ''}"
+        "Our reading of figure 1 of arXiv 2506.10371: the standard deviation in LayerNorm, where one comes before the "
+        "layer, is held at each token's own, so that the four and a constant rest sum to the logits exactly."
     )
     return [Grid("Logits of tokens and positions", PARTS, tuple(rows), caption, width="12rem")]
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from twicing.analysis.attention_inputs import AttentionInputs, record_attention
 from twicing.analysis.heat_maps import Patches, patches_of
-from twicing.analysis.logit_parts import PARTS, centred_rows, logit_parts
+from twicing.analysis.logit_parts import PARTS, centred_rows, logit_parts, mean_square
 from twicing.analysis.products import mean_of_heads, product_ranks
 from twicing.analysis.rollout import rollout
-from twicing.analysis.spectrum import eigenvalues, fits_theory, is_real, rank_of, singular_values
+from twicing.analysis.spectrum import eigenvalues, fits_theory, is_causal, is_real, rank_of, singular_values
 from twicing.analysis.spectrum_filter import STANDARD, TWICED, Filter, filters_of
 
 # Early to late, as many columns as a page has room for.
@@ -31,9 +31,9 @@ Passed = Callable[[int], None]
 class Found:
     """What was found in one model.
 
-    about: layers, heads, tokens, the formula of each layer. spectrum: a row for each layer and head, means over the
-    images. products: a row for each depth and kind. logit_parts: a row for each head and part. notes: what is not
-    there, in sentences. arrays: what figures are drawn from, by name.
+    about: layers, heads, tokens, whether attention is causal, the formula of each layer. spectrum: a row for each layer
+    and head, means over the inputs. products: a row for each depth and kind. logit_parts: a row for each head and part.
+    notes: what is not there, in sentences. arrays: what figures are drawn from, by name.
     """
 
     about: dict[str, Any] = field(default_factory=dict)
@@ -50,27 +50,37 @@ def some_layers(layers: int) -> list[int]:
 
 
 def look_into(
-    model: nn.Module, images: Tensor, device: torch.device, *, maps: int, draw: bool, passed: Passed = lambda _: None
+    model: nn.Module,
+    inputs: Tensor,
+    device: torch.device,
+    *,
+    pictures: bool,
+    maps: int,
+    draw: bool,
+    passed: Passed = lambda _: None,
 ) -> Found:
-    """Measure one model on these images, one at a time: every layer's matrices of one image are held at once.
+    """Measure one model on these inputs, one at a time: every layer's matrices of one input are held at once.
 
-    images: [n, C, H, W], on any device. maps: on how many of them heat maps are made. draw: whether arrays are kept.
-    passed: told after each image. Matrices are formed and taken apart in float64.
+    inputs: [n, C, H, W] or windows of a text, [n, N], on any device. pictures: whether they are. maps: on how many
+    pictures heat maps are made. draw: whether arrays are kept. passed: told after each input.
+    Matrices are formed and taken apart in float64.
     Raises ValueError where the library does not know the model's attention, or its matrices are not finite.
     """
     filters = filters_of(model)
     found = Found()
     _note_unknown(found, filters)
+    if maps and not pictures:
+        found.notes.append("There are no heat maps: a text is no picture that they could be laid over.")
     known = [one for one in filters.values() if one is not None]
     own = known if len(known) == len(filters) else None
     ranks: list[dict[str, Tensor]] = []
     heads: list[dict[str, Tensor]] = []
-    for place, image in enumerate(images):
-        matrices = list(_matrices(model, image.to(device)).values())
+    for place, one in enumerate(inputs):
+        matrices = list(_matrices(model, one.to(device)).values())
         ranks.append(_product_ranks(matrices, own))
         heads.append(_spectra(matrices, filters, found.arrays if draw and place == 0 else {}))
-        if draw and place < maps:
-            _add_maps(found, model, matrices, own, image)
+        if draw and pictures and place < maps:
+            _add_maps(found, model, matrices, own, one)
         passed(1)
     _add_about(found, matrices, filters)
     found.spectrum = _spectrum_rows(heads, filters)
@@ -79,7 +89,7 @@ def look_into(
         for kind in ranks[0]
         for depth, rank in enumerate(torch.stack([one[kind] for one in ranks]).mean(0).tolist(), start=1)
     ]
-    _add_logit_parts(found, model, images.to(device), draw)
+    _add_logit_parts(found, model, inputs.to(device), draw)
     return found
 
 
@@ -94,10 +104,10 @@ def _in_double(inputs: AttentionInputs) -> Tensor:
     return exact.matrix()[0].cpu()
 
 
-def _matrices(model: nn.Module, image: Tensor) -> dict[int, Tensor]:
+def _matrices(model: nn.Module, one: Tensor) -> dict[int, Tensor]:
     """Every layer's A, [H, N, N], float64, on the CPU."""
     with record_attention(model, reduce=_in_double) as recorded, torch.no_grad():
-        model(image[None])
+        model(one[None])
     return {layer: recorded.forwards(layer)[0] for layer in recorded.layers}
 
 
@@ -123,7 +133,7 @@ def _shown(own: Filter | None) -> Filter | None:
 
 
 def _spectra(matrices: Sequence[Tensor], filters: dict[int, Filter | None], arrays: Arrays) -> dict[str, Tensor]:
-    """Per layer and head, [layers, H], of one image; the spectra themselves go into arrays."""
+    """Per layer and head, [layers, H], of one input; the spectra themselves go into arrays."""
     kept: dict[str, list[Tensor]] = {}
     for matrix, (layer, own) in zip(matrices, filters.items(), strict=True):
         spectrum, singular = eigenvalues(matrix), singular_values(matrix)
@@ -191,6 +201,7 @@ def _add_about(found: Found, matrices: Sequence[Tensor], filters: dict[int, Filt
         "layers": len(matrices),
         "heads": max(matrix.shape[0] for matrix in matrices),
         "tokens": matrices[0].shape[-1],
+        "causal": all(is_causal(matrix) for matrix in matrices),
         "formulas": {str(layer): own.formula if own else None for layer, own in filters.items()},
     }
 
@@ -198,7 +209,7 @@ def _add_about(found: Found, matrices: Sequence[Tensor], filters: dict[int, Filt
 def _add_maps(
     found: Found, model: nn.Module, matrices: Sequence[Tensor], own: Sequence[Filter] | None, image: Tensor
 ) -> None:
-    patches = _patches(found, model)
+    patches = _patches(found, model, matrices[0].shape[-1])
     if patches is None:
         return
     kinds = {A: list(matrices)}
@@ -213,9 +224,9 @@ def _add_maps(
     _append(found.arrays, "pictures", (255 * image.cpu()).round().to(torch.uint8))
 
 
-def _patches(found: Found, model: nn.Module) -> Patches | None:
+def _patches(found: Found, model: nn.Module, tokens: int) -> Patches | None:
     try:
-        patches = patches_of(model)
+        patches = patches_of(model, tokens)
     except ValueError as error:
         sentence = str(error)
     else:
@@ -234,16 +245,16 @@ def _append(arrays: Arrays, name: str, values: Tensor) -> None:
     arrays[name] = np.concatenate([arrays[name], new]) if name in arrays else new
 
 
-def _add_logit_parts(found: Found, model: nn.Module, images: Tensor, draw: bool) -> None:
-    """Rows of how much the parts of layer 1's logits vary within a row, and their means over images and heads."""
+def _add_logit_parts(found: Found, model: nn.Module, inputs: Tensor, draw: bool) -> None:
+    """Rows of how much the parts of layer 1's logits vary within a row, and their means over inputs and heads."""
     sizes: dict[str, list[Tensor]] = {}
     means: dict[str, list[Tensor]] = {}
     try:
-        for image in images:
-            found_parts = logit_parts(model, image[None])
-            for name, part in (found_parts.parts | {"rest": found_parts.rest, "all": found_parts.logits}).items():
-                centred = centred_rows(part[0].cpu())
-                sizes.setdefault(name, []).append(centred.square().mean((-1, -2)))
+        for one in inputs:
+            split = logit_parts(model, one[None])
+            for name, part in (split.parts | {"rest": split.rest, "all": split.logits}).items():
+                centred = centred_rows(part[0].cpu(), causal=split.causal)
+                sizes.setdefault(name, []).append(mean_square(centred, causal=split.causal))
                 if name in PARTS:
                     means.setdefault(name, []).append(centred.mean(0))
     except ValueError as error:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table as RichTable
 
 from twicing.experiments.analyze.section import AnalysisSection, analysis_section, template_environment
@@ -52,12 +53,13 @@ def print_results(section: AnalysisSection, console: Console) -> None:
     """Print the tables of the page, as they fit the terminal, and the sentences on what is not there."""
     for chapter in section.chapters:
         for table in chapter.tables:
+            # Brackets of a label are no markup.
             screen = RichTable(title=table.title)
             screen.add_column("")
             for label in table.labels:
-                screen.add_column(label, justify="right")
+                screen.add_column(escape(label), justify="right")
             for line in table.lines:
-                screen.add_row(line.what, *(number(cell.mean) for cell in line.cells))
+                screen.add_row(escape(line.what), *(number(cell.mean) for cell in line.cells))
             console.print(screen)
     for note in section.notes:
         console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)

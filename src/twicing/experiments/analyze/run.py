@@ -1,22 +1,33 @@
 """`twicing analyze`: look into every model that the options name, write the page and the numbers."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from torch import nn
+from torch import Tensor, nn
 
 from twicing.adapters.surgery import convert
-from twicing.analysis.bandwidth import FACTORS, answers_by_factor
+from twicing.analysis.bandwidth import FACTORS, answers_by_factor, log_probabilities_by_factor
 from twicing.analysis.spectrum import ROUNDING
-from twicing.experiments.analyze.keep import ANALYSIS, NUMBERS, Analysis, write_analysis
-from twicing.experiments.analyze.measure import look_into
+from twicing.experiments.analyze.keep import (
+    ACCURACY,
+    AGREEMENT,
+    ANALYSIS,
+    LOG_PROBABILITY,
+    NUMBERS,
+    Analysis,
+    write_analysis,
+)
+from twicing.experiments.analyze.measure import Passed, look_into
 from twicing.experiments.analyze.options import Analyze
 from twicing.experiments.analyze.page import print_results, read_section, write_page
-from twicing.experiments.analyze.pictures import Pictures
 from twicing.experiments.analyze.subjects import Looked, looked_at
+from twicing.experiments.cases.inputs import IMAGES
+from twicing.experiments.cases.windows import FEWEST_TOKENS
 from twicing.experiments.report import REPORT, write_report
 from twicing.experiments.results import BASELINE, environment
 
@@ -25,7 +36,7 @@ def run(options: Analyze, command: str, console: Console) -> Path:
     """Look into what the options name and return the page, analysis.html; nothing is kept of an interrupted run.
 
     command: what was typed, kept beside the numbers. An earlier analysis in the folder is replaced.
-    Raises ValueError, one sentence, for whatever of the options, the models or the pictures does not fit.
+    Raises ValueError, one sentence, for whatever of the options, the models or the inputs does not fit.
     """
     _check(options)
     device = _device(options.device)
@@ -40,10 +51,13 @@ def run(options: Analyze, command: str, console: Console) -> Path:
         raise ValueError(f"nothing could be looked into: {' '.join(analysis.left_out)}")
     where = environment(device)
     analysis.about = {
-        "title": ", ".join(options.models),
+        # A folder by its own name.
+        "title": ", ".join(Path(name).resolve().name if Path(name).is_dir() else name for name in options.models),
         "command": command,
-        "pictures": analysis.about["pictures"],
-        "spectrum_images": analysis.about["spectrum_images"],
+        "shown": analysis.about["shown"],
+        "unit": analysis.about["unit"],
+        "spectrum_inputs": analysis.about["spectrum_inputs"],
+        "causal": all(one["causal"] for one in analysis.models.values()),
         "tolerance": ROUNDING,
         "factors": list(FACTORS),
         "versions": where.versions,
@@ -63,61 +77,88 @@ def run(options: Analyze, command: str, console: Console) -> Path:
 
 
 def _look(analysis: Analysis, looked: Looked, options: Analyze, device: torch.device, display: "_Display") -> None:
-    subject = looked.subject
+    case = looked.case
     model = looked.build().to(device).eval()
-    pictures = looked.pictures(max(options.spectrum_images, options.map_images, options.bandwidth_images))
-    seen = pictures.pixels[: max(options.spectrum_images, options.map_images)]
+    inputs = case.inputs()
+    pictures = inputs.unit == IMAGES
+    shown, labels = inputs.sampled()
+    # A text has no heat maps.
+    seen = shown[: max(options.spectrum_images, options.map_images if pictures else 0)]
     try:
-        found = look_into(model, seen, device, maps=options.map_images, draw=looked.shown, passed=display.passed)
+        found = look_into(
+            model, seen, device, pictures=pictures, maps=options.map_images, draw=looked.shown, passed=display.passed
+        )
     except ValueError as error:
-        analysis.left_out.append(f"{looked.name}: {error}")
+        analysis.left_out.append(f"{case.name}: {error}")
         return
-    analysis.about.setdefault("pictures", pictures.words)
-    analysis.about.setdefault("spectrum_images", len(seen))
-    who = {"model": looked.name, "label": subject.label, "seed": subject.seed}
-    about = subject.as_json()
-    converted = about.pop("layers")
-    about["layers_converted"] = "none" if subject.mechanism == BASELINE else converted
-    analysis.models[looked.name] = about | found.about | {"shown": looked.shown, "notes": found.notes}
+    analysis.about.setdefault("shown", inputs.words)
+    analysis.about.setdefault("unit", inputs.unit)
+    analysis.about.setdefault("spectrum_inputs", len(seen))
+    who = {"model": case.name, "label": case.label, "seed": case.seed}
+    kept = ("label", "seed", "mechanism", "control", "folder_name", "weights")
+    about = {key: getattr(case, key) for key in kept}
+    about["layers_converted"] = "none" if case.mechanism == BASELINE else case.layers
+    analysis.models[case.name] = about | found.about | {"shown": looked.shown, "notes": found.notes}
     analysis.spectrum += [who | row for row in found.spectrum]
     analysis.products += [who | row for row in found.products]
     analysis.logit_parts += [who | row for row in found.logit_parts]
     if looked.shown:
-        analysis.arrays[looked.name] = found.arrays
-    if options.bandwidth_images:
-        _scale(analysis, model, pictures, who, options, device, display)
+        analysis.arrays[case.name] = found.arrays
+    if options.bandwidth_images and case.silent:
+        found.notes.append(f"No bandwidth test: {case.silent}.")
+    elif options.bandwidth_images:
+        asked = shown[: options.bandwidth_images]
+        test = _Bandwidth(asked, None if labels is None else labels[: len(asked)], pictures, options.batch_size)
+        analysis.bandwidth += [who | row for row in test.rows(model, device, display.passed)]
         if looked.twice:
             conversion = convert(model, "twicing")
-            label = f"{subject.label}, twiced in every layer with the same weights"
+            label = f"{case.label}, twiced in every layer with the same weights"
             try:
-                _scale(analysis, model, pictures, who | {"label": label}, options, device, display)
+                rows = test.rows(model, device, display.passed)
             finally:
                 conversion.undo()
+            analysis.bandwidth += [who | {"label": label} | row for row in rows]
 
 
-def _scale(
-    analysis: Analysis,
-    model: nn.Module,
-    pictures: Pictures,
-    who: dict[str, object],
-    options: Analyze,
-    device: torch.device,
-    display: "_Display",
-) -> None:
-    images = pictures.pixels[: options.bandwidth_images].to(device)
-    answers = answers_by_factor(model, images, batch_size=options.batch_size, passed=display.passed)
-    labels = answers[FACTORS.index(1.0)] if pictures.labels is None else pictures.labels[: len(images)]
-    measure = "agreement" if pictures.labels is None else "accuracy"
-    right = (answers == labels).double().mean(1).tolist()
-    analysis.bandwidth += [
-        who | {"factor": factor, "measure": measure, "value": value, "n": len(images)}
-        for factor, value in zip(FACTORS, right, strict=True)
+@dataclass(frozen=True, eq=False)
+class _Bandwidth:
+    """What a model is asked with scaled logits: the classes of pictures, or the last token of each window of a text.
+
+    labels: of the pictures; without them its own answer with unscaled logits is what is held against.
+    """
+
+    inputs: Tensor
+    labels: Tensor | None
+    pictures: bool
+    batch_size: int
+
+    def rows(self, model: nn.Module, device: torch.device, passed: Passed) -> list[dict[str, Any]]:
+        """A row for each factor."""
+        inputs = self.inputs.to(device)
+        if not self.pictures:
+            # The last token is what is asked for.
+            found = log_probabilities_by_factor(
+                model, inputs[:, :-1], inputs[:, -1], batch_size=self.batch_size, passed=passed
+            )
+            return _rows(LOG_PROBABILITY, found)
+        answers = answers_by_factor(model, inputs, batch_size=self.batch_size, passed=passed)
+        if self.labels is None:
+            return _rows(AGREEMENT, answers == answers[FACTORS.index(1.0)])
+        return _rows(ACCURACY, answers == self.labels)
+
+
+def _rows(measure: str, values: Tensor) -> list[dict[str, Any]]:
+    """Rows of the means over the inputs, values: [factors, n]."""
+    return [
+        {"factor": factor, "measure": measure, "value": value, "n": values.shape[1]}
+        for factor, value in zip(FACTORS, values.double().mean(1).tolist(), strict=True)
     ]
 
 
 def _check(options: Analyze) -> None:
     least = {"--spectrum-images": (options.spectrum_images, 1), "--map-images": (options.map_images, 0)}
     least |= {"--bandwidth-images": (options.bandwidth_images, 0), "--batch-size": (options.batch_size, 1)}
+    least |= {"--tokens": (options.tokens, FEWEST_TOKENS)}
     for name, (given, fewest) in least.items():
         if given < fewest:
             raise ValueError(f"{name} is {fewest} or more: got {given}.")
@@ -143,7 +184,7 @@ def _tell(console: Console, sentence: str) -> None:
 
 
 class _Display:
-    """The models together and the one at work, by images; plain lines where there is no terminal."""
+    """The models together and the one at work, by inputs; plain lines where there is no terminal."""
 
     def __init__(self, console: Console, models: Sequence[Looked], options: Analyze):
         self._console, self._total, self._begun = console, len(models), 0
@@ -166,10 +207,10 @@ class _Display:
         self._bars.update(self._all, completed=self._begun)
         self._begun += 1
         total = self._each + self._scaled * (2 if model.twice else 1)
-        self._bars.reset(self._one, total=total, description=model.name)
+        self._bars.reset(self._one, total=total, description=model.case.name)
         if not self._console.is_terminal:
-            _tell(self._console, f"[{self._begun} of {self._total}] {model.name}")
+            _tell(self._console, f"[{self._begun} of {self._total}] {model.case.name}")
 
-    def passed(self, images: int) -> None:
-        """So many images were shown."""
-        self._bars.advance(self._one, images)
+    def passed(self, inputs: int) -> None:
+        """So many inputs were shown."""
+        self._bars.advance(self._one, inputs)

@@ -9,8 +9,9 @@ import numpy as np
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from twicing.experiments.analyze import figures
-from twicing.experiments.analyze.keep import ANALYSIS, Analysis, Rows, read_analysis
+from twicing.experiments.analyze import figures, spectrum_figures
+from twicing.experiments.analyze.formulas import unbroken
+from twicing.experiments.analyze.keep import AGREEMENT, ANALYSIS, Analysis, Rows, read_analysis
 from twicing.experiments.analyze.maps import Grid, map_grids, part_grids
 from twicing.experiments.attack_tables import Cell
 from twicing.experiments.curves import Picture, Styles
@@ -20,6 +21,11 @@ from twicing.experiments.results import BASELINE
 from twicing.experiments.statistics import number, paired_difference, verdict
 
 BySeed = dict[int, float]
+CAUSAL = (
+    "Attention is causal here: A is triangular, and its eigenvalues are its diagonal, what each token takes from "
+    "itself. They are real and in [0, 1] whatever the weights are; that A is not symmetric shows in singular values "
+    "alone."
+)
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ def template_environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "typeset": typeset}
+    environment.filters |= {"number": number, "typeset": lambda text: unbroken(typeset(text))}
     return environment
 
 
@@ -131,13 +137,17 @@ def _spectra(analysis: Analysis, labels: Sequence[str], styles: Styles) -> Chapt
     )
     tolerance = analysis.about["tolerance"]
     note = (
-        f"Means over layers, heads and images. Real: the imaginary part is at most {tolerance:g}; in [0, 1] up to the "
-        "same. p(A) is the effective matrix, which the layer multiplies its values by; where that is A itself, 2A - A^2"
-        " of the same A stands there, what twicing would make of it. Of a negative eigenvalue x of A, 2 x - x^2 is up"
-        " to three times as large. Spread (±): standard deviation over seeds."
+        f"Means over layers, heads and {analysis.unit}. Real: the imaginary part is at most {tolerance:g}; in [0, 1] "
+        "up to the same. p(A) is the effective matrix, which the layer multiplies its values by; where that is A "
+        "itself, 2A - A^2 of the same A stands there, what twicing would make of it."
     )
-    drawn = [figures.shares(analysis, styles)]
-    planes = [picture for picture in (figures.eigenvalues(analysis), figures.singular(analysis)) if picture]
+    note += f" {CAUSAL}" if analysis.causal else ""
+    note += "" if analysis.causal else " Of a negative eigenvalue x of A, 2 x - x^2 is up to three times as large."
+    note += " Spread (±): standard deviation over seeds." if _several_seeds(analysis) else ""
+    drawn = [spectrum_figures.shares(analysis, styles)]
+    planes = [
+        picture for picture in (spectrum_figures.eigenvalues(analysis), spectrum_figures.singular(analysis)) if picture
+    ]
     return Chapter(
         "Spectra of the attention matrices",
         "Softmax attention is computed again from queries and keys, and each head's matrix taken apart in float64.",
@@ -159,9 +169,17 @@ def _products(analysis: Analysis, labels: Sequence[str]) -> Chapter | None:
         for kind in kinds
     )
     table = Table(
-        "Effective rank of the product of all layers", tuple(labels), lines, "Means over images; ± over seeds."
+        "Effective rank of the product of all layers",
+        tuple(labels),
+        lines,
+        f"Means over {analysis.unit}{_spread(analysis)}.",
     )
     about = "If attention were all there is, what would be left of the differences between tokens?"
+    if analysis.causal:
+        about += (
+            " In causal attention the first token takes from itself alone, so that products tend to a matrix in which "
+            "every token takes from the first one alone, which has rank 1."
+        )
     return Chapter("Products of attention matrices", about, (table,), ((picture, {}),), ())
 
 
@@ -177,8 +195,8 @@ def _parts(analysis: Analysis, labels: Sequence[str]) -> Chapter:
         for name in names
     )
     note = (
-        "Root mean square over queries, keys and images, without each row's mean; means over heads, ± over seeds. "
-        "“rest” is what LayerNorm's shift and the biases give; “all” are the logits."
+        f"Root mean square over queries, keys and {analysis.unit}, without each row's mean; means over heads"
+        f"{_spread(analysis)}. “rest” is what LayerNorm's shift and the biases give; “all” are the logits."
     )
     tables = (Table("How much the parts vary", tuple(labels), lines, note),) if lines else ()
     about = (
@@ -196,16 +214,17 @@ def _bandwidth(analysis: Analysis, controls: set[str]) -> Chapter | None:
     measure, n = analysis.bandwidth[0]["measure"], analysis.bandwidth[0]["n"]
     lines = [
         Line(
-            f"{measure}, factor {factor:g}",
+            f"{figures.MEASURES[measure]}, factor {factor:g}",
             _cells([row for row in analysis.bandwidth if row["factor"] == factor], labels, lambda row: row["value"]),
         )
         for factor in (0.5, 1.0, 2.0)
     ]
     lost = {label: lost_by_seed(analysis.bandwidth, label) for label in labels}
     lines.append(Line("lost on average over the other factors", tuple(Cell(*mean_and_sd(lost[one])) for one in labels)))
-    table = Table("Scaled logits", labels, tuple(lines), f"On {n} images. ± is the standard deviation over seeds.")
+    spread = " ± is the standard deviation over seeds." if _several_seeds(analysis) else ""
+    table = Table("Scaled logits", labels, tuple(lines), f"On {n} {analysis.unit}.{spread}")
     verdicts: tuple[str, ...] = ()
-    if BASELINE in lost and measure == "accuracy":
+    if BASELINE in lost and measure != AGREEMENT:
         verdicts = tuple(
             f"{label}: {verdict(paired_difference(lost[BASELINE], lost[label]), better='lower')}"
             for label in labels
@@ -263,6 +282,14 @@ def _cells(
                 by_seed.setdefault(row["seed"], []).append(found)
         cells.append(Cell(*mean_and_sd({seed: over(ones) for seed, ones in by_seed.items()})) if by_seed else NOTHING)
     return tuple(cells)
+
+
+def _spread(analysis: Analysis) -> str:
+    return "; ± over seeds" if _several_seeds(analysis) else ""
+
+
+def _several_seeds(analysis: Analysis) -> bool:
+    return len({one["seed"] for one in analysis.models.values()}) > 1
 
 
 NOTHING = Cell(None, None)

@@ -11,8 +11,8 @@ import torch
 from twicing.analysis.collapse import CURVES, Collapse, Key, measure_collapse
 from twicing.analysis.collapse_bands import Band, Numbers, band, resamples
 from twicing.analysis.collapse_verdict import Verdict, judge, mean_over_draws
-from twicing.experiments.diagnose.cases import Case
-from twicing.experiments.diagnose.inputs import Inputs
+from twicing.experiments.cases.case import Case
+from twicing.experiments.cases.inputs import Inputs
 
 MODEL, INITIAL = "model", "random initialisation"
 

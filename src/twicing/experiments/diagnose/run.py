@@ -12,7 +12,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from twicing.experiments.diagnose.cases import Case, cases_of
+from twicing.experiments.cases.case import Case
+from twicing.experiments.cases.windows import FEWEST_TOKENS
+from twicing.experiments.diagnose.cases import cases_of
 from twicing.experiments.diagnose.diagnosis import Diagnosis, diagnose_case
 from twicing.experiments.diagnose.options import Diagnose
 from twicing.experiments.diagnose.page import diagnosis_page
@@ -45,7 +47,7 @@ def run(options: Diagnose, command: str, console: Console) -> Path:
 
 
 def _check(options: Diagnose) -> None:
-    least = {"inputs": 2, "tokens": 8, "draws": 1, "batch_size": 1}
+    least = {"inputs": 2, "tokens": FEWEST_TOKENS, "draws": 1, "batch_size": 1}
     for name, smallest in least.items():
         value = getattr(options, name)
         if value < smallest:

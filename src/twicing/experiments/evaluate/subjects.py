@@ -87,7 +87,10 @@ def trained_subjects(run: Path, data_dir: Path | None) -> tuple[list[Subject], l
     """
     jobs, untrained = trained_jobs(run, data_dir)
     if any(not isinstance(job.recipe, Recipe) for job in jobs):
-        raise ValueError(f"{run} holds language models, and images are needed here: `twicing diagnose` takes both.")
+        raise ValueError(
+            f"{run} holds language models, and images are needed here: `twicing diagnose` and `twicing analyze` take "
+            "both."
+        )
     return [_subject(job) for job in jobs], untrained
 
 

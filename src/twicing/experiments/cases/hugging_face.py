@@ -1,7 +1,9 @@
 """A model of transformers from a local folder, with its tokenizer or the settings of its pictures; no downloads."""
 
 import copy
+import dataclasses
 import importlib
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,10 +14,9 @@ from torch import Tensor, nn
 
 from twicing.adapters.surgery import find_sites, spec
 from twicing.adapters.transformers_record import wipe
-from twicing.experiments.diagnose.cases import Case, converted, drawn, follow, refuse
-from twicing.experiments.diagnose.inputs import Inputs, picture_inputs
-from twicing.experiments.diagnose.options import Diagnose
-from twicing.experiments.diagnose.windows import window_inputs
+from twicing.experiments.cases.case import Case, Put, drawn, follow, put_in, refuse
+from twicing.experiments.cases.inputs import Wanted, picture_inputs
+from twicing.experiments.cases.windows import Cut, window_inputs
 from twicing.experiments.evaluate.weights import fingerprint
 from twicing.experiments.results import BASELINE
 from twicing.models.vision import PixelModel
@@ -24,6 +25,9 @@ PICTURES = "preprocessor_config.json"
 # Parts on top of the blocks that a base model may have and its checkpoint may lack: no token passes through them.
 ON_TOP = ("pooler",)
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+# How transformers names models that score the next word, or classes of pictures.
+NEXT_WORD = ("ForCausalLM", "LMHeadModel")
+CLASSIFIER = "ForImageClassification"
 OF_OTHERS = ("checkpoint", "pretrained", "model_args", "arms", "seeds", "data_dir")
 
 
@@ -41,13 +45,44 @@ class TokenModel(nn.Module):
         return self.network(input_ids=ids)
 
 
-def hugging_face_case(folder: Path, options: Diagnose) -> Case:
-    """The model that transformers saved into the folder, with the conversion that the options name.
+class Logits(nn.Module):
+    """network(pixels): the scores of classes alone, [B, classes]."""
 
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """pixels: [B, C, height, width]."""
+        logits: Tensor = self.network(pixels).logits
+        return logits
+
+
+class NextToken(TokenModel):
+    """network(input_ids): windows of ids to the scores of what comes next, [B, vocabulary]."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__(network)
+        # Scores at every position would take a hundred times the memory; not every model can leave them out.
+        self.last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(network.forward).parameters else {}
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids: [B, N], int64, no padding."""
+        logits: Tensor = self.network(input_ids=ids, **self.last).logits
+        return logits[:, -1]
+
+
+def hugging_face_case(folder: Path, options: Any, wanted: Wanted, put: Put, *, answers: bool) -> Case:
+    """The model that transformers saved into the folder, with the mechanism that is put into it.
+
+    options: of the command, in which those of other kinds of models are refused. answers: whether the model is to
+    score classes or the next word, where it was saved with a head that does.
     Raises ImportError without transformers; ValueError where the folder lacks weights, a tokenizer or the settings of
     its pictures, where the library does not know the model's attention, or where options do not fit.
     """
-    refuse(options, OF_OTHERS, "a folder of transformers")
+    # Not every command has all of these.
+    others = tuple(name for name in OF_OTHERS if hasattr(options, name))
+    refuse(options, others, f"{folder} is a folder of transformers")
     try:
         # First, as it mends the import of torchvision, and makes models that were saved converted known.
         importlib.import_module("twicing.adapters.transformers")
@@ -56,8 +91,15 @@ def hugging_face_case(folder: Path, options: Diagnose) -> Case:
         raise ImportError(f"Models of transformers need {error.name}: pip install 'twicing[hf]'") from error
     config = _quietly(lambda: transformers.AutoConfig.from_pretrained(folder, local_files_only=True), folder)
     takes_pictures = hasattr(config, "patch_size")
-    refuse(options, ("text", "tokens") if takes_pictures else ("images",), f"a model of {_kind(takes_pictures)}")
-    network = converted(_loaded(folder), options)
+    kind, of_others = ("pictures", ("text", "tokens")) if takes_pictures else ("text", ("images",))
+    refuse(options, of_others, f"{folder} is a model of {kind}")
+    tokenizer = None if takes_pictures else _tokenizer(folder)
+    silent = _silent(config, tokenizer)
+    with_head = answers and not silent
+    auto: Any = transformers.AutoModel
+    if with_head:
+        auto = transformers.AutoModelForImageClassification if takes_pictures else transformers.AutoModelForCausalLM
+    network = put_in(_loaded(folder, auto), put)
     if not find_sites(network):
         raise ValueError(f"the library finds no attention layers in {type(network).__name__}: there is nothing to see.")
 
@@ -65,16 +107,25 @@ def hugging_face_case(folder: Path, options: Diagnose) -> Case:
         plain = copy.deepcopy(config)
         # The draws are converted like the model itself, and not as the config says.
         wipe(plain)
-        return follow(
-            transformers.AutoModel.from_config(plain, attn_implementation="sdpa", dtype=torch.float32), network
-        )
+        return follow(auto.from_config(plain, attn_implementation="sdpa", dtype=torch.float32), network)
 
-    wrap = _picture_wrapper(folder) if takes_pictures else TokenModel
+    if takes_pictures:
+        mean, std = _normalisation(folder)
+        inputs = picture_inputs(wanted, _image_size(folder, config))
+    else:
+        longest = getattr(config, "max_position_embeddings", None) or wanted.tokens
+        wanted = dataclasses.replace(wanted, tokens=min(wanted.tokens, int(longest)))
+        inputs = window_inputs(wanted, _cut_by(tokenizer))
+
+    def wrap(network: nn.Module) -> nn.Module:
+        if takes_pictures:
+            return PixelModel(Logits(network) if with_head else network, mean, std).eval()
+        return (NextToken if with_head else TokenModel)(network).eval()
+
     found = spec(network)
     mechanism = "+".join(dict.fromkeys(entry["mechanism"] for entry in found)) or BASELINE
     layers = ",".join(str(layer) for entry in found for layer in entry["layers"]) or "all"
-    inputs = _inputs(folder, config, options, takes_pictures)
-    label = folder.resolve().name + (f", {mechanism} [{options.layers}]" if options.convert else "")
+    label = folder.resolve().name + (f", {mechanism} [{put.layers}]" if put.mechanism else "")
     return Case(
         label=label,
         seed=None,
@@ -82,25 +133,34 @@ def hugging_face_case(folder: Path, options: Diagnose) -> Case:
         layers=layers,
         weights=_fingerprints(folder),
         folder_name=label.replace(", ", "-").replace(" ", "-").replace("[", "").replace("]", ""),
-        build=lambda: wrap(network).eval(),
-        draw=lambda seed: wrap(drawn(seed, fresh)).eval(),
+        build=lambda: wrap(network),
+        draw=lambda seed: wrap(drawn(seed, fresh)),
         inputs=lambda: inputs,
+        silent=silent,
     )
 
 
-def _kind(takes_pictures: bool) -> str:
-    return "pictures" if takes_pictures else "text"
+def _silent(config: Any, tokenizer: Any) -> str:
+    """Why the folder's model scores neither classes nor next words, as a clause; "" where it does."""
+    saved = (getattr(config, "architectures", None) or ["a model without a name"])[0]
+    if tokenizer is None:
+        if CLASSIFIER in saved:
+            return ""
+        return f"it was saved without a head that names classes ({saved}), so that there is no answer to compare"
+    if not saved.endswith(NEXT_WORD):
+        return f"it was saved without a head that gives the next word ({saved}), so that there is no answer to compare"
+    if tokenizer("a")["input_ids"][-1] in tokenizer.all_special_ids and len(tokenizer("a")["input_ids"]) > 1:
+        return "its tokenizer ends every window with a special token, so that the last one is no word to be foretold"
+    return ""
 
 
-def _loaded(folder: Path) -> nn.Module:
-    """The base model with all its weights. Raises ValueError where the folder lacks some of them."""
-    import transformers
-
+def _loaded(folder: Path, auto: Any) -> nn.Module:
+    """The model with all its weights. Raises ValueError where the folder lacks some of them."""
     if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         raise ValueError(f"{folder} holds no weights ({' or '.join(WEIGHTS)}): save_pretrained() the model into it.")
 
     def load() -> tuple[nn.Module, dict[str, Any]]:
-        return transformers.AutoModel.from_pretrained(
+        return auto.from_pretrained(
             folder,
             local_files_only=True,
             attn_implementation="sdpa",
@@ -139,24 +199,18 @@ def _quietly(load: Callable[[], Any], folder: Path) -> Any:
             transformers.logging.enable_progress_bar()
 
 
-def _inputs(folder: Path, config: Any, options: Diagnose, takes_pictures: bool) -> Inputs:
-    if not takes_pictures:
-        longest = getattr(config, "max_position_embeddings", None) or options.tokens
-        return window_inputs(
-            options.text, _cut_by(folder), count=options.inputs, tokens=min(options.tokens, int(longest))
-        )
-    return picture_inputs(options.images, options.inputs, _image_size(folder, config), options.seed)
-
-
-def _cut_by(folder: Path) -> Callable[[str, int], Sequence[Sequence[int]]]:
-    """Cuts a text into windows by the folder's own tokenizer, with its special tokens in each."""
+def _tokenizer(folder: Path) -> Any:
     import transformers
 
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
         raise ValueError(
             f"{folder} holds no tokenizer (tokenizer.json), so that a text cannot be read: save the tokenizer into it."
         )
-    tokenizer = _quietly(lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True), folder)
+    return _quietly(lambda: transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True), folder)
+
+
+def _cut_by(tokenizer: Any) -> Cut:
+    """Cuts a text into windows by the folder's own tokenizer, with its special tokens in each."""
 
     def cut(text: str, tokens: int) -> Sequence[Sequence[int]]:
         windows: Sequence[Sequence[int]] = tokenizer(
@@ -167,16 +221,15 @@ def _cut_by(folder: Path) -> Callable[[str, int], Sequence[Sequence[int]]]:
     return cut
 
 
-def _picture_wrapper(folder: Path) -> Callable[[nn.Module], nn.Module]:
+def _normalisation(folder: Path) -> tuple[list[float], list[float]]:
     path = folder / PICTURES
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-        mean, std = settings["image_mean"], settings["image_std"]
+        return settings["image_mean"], settings["image_std"]
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path} does not say how pictures are normalised (image_mean, image_std): save the image processor."
         ) from error
-    return lambda network: PixelModel(network, mean, std)
 
 
 def _image_size(folder: Path, config: Any) -> int:

@@ -9,12 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from twicing.experiments.diagnose.inputs import ONE_SOURCE, Inputs
+from twicing.experiments.cases.inputs import ONE_SOURCE, WINDOWS, Inputs, Wanted
 
 # Ids of the windows of a text, special tokens included, each of as many tokens but the last.
 Cut = Callable[[str, int], Sequence[Sequence[int]]]
 
 DOCUMENTATION = "Python's documentation of its own language, as no --text was given"
+# With fewer there is hardly a matrix to look at.
+FEWEST_TOKENS = 8
 # A tokenizer need not see a whole library for a few windows.
 CHARACTERS_PER_TOKEN = 64
 
@@ -33,12 +35,13 @@ def read_text(path: Path | None) -> tuple[str, str, str]:
         raise ValueError(f"--text {path} is not UTF-8 ({error.reason}): convert it, or give another text.") from error
 
 
-def window_inputs(path: Path | None, cut: Cut, *, count: int, tokens: int) -> Inputs:
-    """So many windows of the text, evenly spaced over it.
+def window_inputs(wanted: Wanted, cut: Cut) -> Inputs:
+    """So many windows of the text that is wanted, evenly spaced over it.
 
     Raises ValueError where the text is too short for two windows.
     """
-    text, words, name = read_text(path)
+    text, words, name = read_text(wanted.text)
+    count, tokens = wanted.count, wanted.tokens
     # Evenly spaced pieces, so that a long text is not tokenised as a whole.
     share = CHARACTERS_PER_TOKEN * tokens
     if len(text) > count * share:
@@ -69,4 +72,6 @@ def _spread(full: Tensor, name: str, words: str, *, count: int, tokens: int) -> 
         f"{count} windows of {tokens} tokens from {words}",
         ONE_SOURCE.format("one text"),
         lambda wanted: ids[list(wanted)],
+        unit=WINDOWS,
+        sorted=True,
     )
