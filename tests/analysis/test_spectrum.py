@@ -46,6 +46,7 @@ def test_causal_matrices_have_their_diagonals_as_eigenvalues_exactly():
     causal, free = attention_matrix(query, key, is_causal=True), attention_matrix(query, key)
     assert is_causal(causal)
     assert not is_causal(free)
+    assert not is_causal(torch.eye(3) + torch.diag(torch.ones(2), 1))
     # One free matrix among them, and they are no longer taken as causal.
     assert not is_causal(torch.stack([causal, free]))
     found = eigenvalues(causal)

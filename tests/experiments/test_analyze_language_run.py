@@ -125,8 +125,7 @@ def test_models_are_looked_at_on_windows_of_the_held_out_text(run_folder, number
     model = numbers["models"]["twicing [2], seed 0"]
     assert (model["layers"], model["heads"], model["tokens"]) == (2, 2, TOKENS)
     assert model["formulas"] == {"1": "A", "2": "2A - A^2"}
-    # What stands in brackets is no markup of the terminal.
-    assert "twicing [2]" in said.getvalue()
+    assert "Note: There are no heat maps" in said.getvalue()
 
 
 @pytest.mark.parametrize(("label", "twiced"), [("standard", ()), ("twicing [2]", (2,))])
@@ -210,6 +209,7 @@ def test_the_page_speaks_of_windows_and_is_true_of_causal_attention(analyzed):
         assert sentence in text, sentence
     assert "image" not in text.replace("data:image", "").replace("<img", "")
     assert "Between the dotted ends" not in text
+    assert "Real eigenvalues of A in" not in text
     assert "over seeds" not in text
     assert "<h2>Heat maps" not in text
     assert '<span class="formula">2A − A^2</span>' in text  # noqa: RUF001

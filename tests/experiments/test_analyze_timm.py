@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from markupsafe import Markup
 from PIL import Image
 from rich.console import Console
 
@@ -18,11 +19,16 @@ from twicing.adapters.surgery import convert, spec
 from twicing.analysis.bandwidth import scaled_logits
 from twicing.data.decode import to_tensor
 from twicing.experiments.analyze import run as run_module
+from twicing.experiments.analyze import spectrum_figures
+from twicing.experiments.analyze.formulas import unbroken
 from twicing.experiments.analyze.keep import read_analysis
 from twicing.experiments.analyze.maps import map_grids, part_grids
 from twicing.experiments.analyze.options import Analyze
+from twicing.experiments.analyze.page import print_results
 from twicing.experiments.analyze.run import run
+from twicing.experiments.analyze.section import AnalysisSection, Chapter, Line, Table
 from twicing.experiments.analyze.subjects import looked_at
+from twicing.experiments.attack_tables import Cell
 from twicing.experiments.cases.inputs import VIEWS, folder_inputs, photograph_inputs, spread
 from twicing.torchvision_import import mend_torchvision_import
 
@@ -210,6 +216,34 @@ def test_the_page_is_whole_and_loads_nothing(analyzed):
     assert f"head 1 of A in layer 1, {NAME}, twicing [3]" in page.alts
     assert f"head 1 of 2A - A^2 in layer 3, {NAME}, twicing [3]" in page.alts
     assert not re.search(r"\bNone\b", text)
+
+
+def test_only_the_eigenvalues_farthest_from_0_are_drawn_and_the_caption_says_so(analyzed, monkeypatch):
+    found = read_analysis(analyzed)
+    whole = spectrum_figures.eigenvalues(found)
+    assert whole.caption.startswith("All eigenvalues of a layer's matrices")
+    monkeypatch.setattr(spectrum_figures, "MOST_POINTS", 10)
+    some = spectrum_figures.eigenvalues(found)
+    assert "only the 10 farthest from 0 are drawn, of A and of p(A) alike; the others" in some.caption
+    drawn = next(line for line in some.panels[0].axes.lines if line.get_label() == "A")
+    moduli = np.sort(np.abs(found.arrays[PLAIN]["eigenvalues/1"]).flatten())[::-1]
+    assert np.hypot(*drawn.get_data()) == pytest.approx(moduli[:10], abs=1e-4)
+    assert len(whole.panels[0].axes.lines[2].get_xdata()) == 74
+
+
+@pytest.mark.parametrize("formula", ["2A - A^2", "2 x - x^2", "2s - s^2", "2 A - A A", "I - (I - A)(I - gA)^2"])
+def test_a_formula_stays_on_one_line(formula):
+    found = unbroken(Markup(f"as {formula} has it - mostly, in layer 2 A stays"))
+    minus = formula.replace(" - ", " − ")  # noqa: RUF001
+    assert found == f'as <span class="formula">{minus}</span> has it - mostly, in layer 2 A stays'
+
+
+def test_brackets_of_a_label_are_no_markup_of_the_terminal():
+    table = Table("Spectra", ("twicing [last]",), (Line("in [nats]", (Cell(1.0, None),)),), "")
+    console = told()
+    print_results(AnalysisSection(None, {}, (Chapter("", "", (table,), (), ()),), ()), console)
+    assert "twicing [last]" in console.file.getvalue()
+    assert "in [nats]" in console.file.getvalue()
 
 
 def test_grids_put_models_below_each_other_from_early_to_late(analyzed):

@@ -285,7 +285,7 @@ def _cells(
 
 
 def _spread(analysis: Analysis) -> str:
-    return "; ± over seeds" if _several_seeds(analysis) else ""
+    return "; ±\u00a0over seeds" if _several_seeds(analysis) else ""
 
 
 def _several_seeds(analysis: Analysis) -> bool:
