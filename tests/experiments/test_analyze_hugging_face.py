@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from twicing.experiments.analyze.keep import read_analysis
 from twicing.experiments.analyze.options import Analyze
 from twicing.experiments.analyze.run import run
 from twicing.experiments.analyze.subjects import looked_at
+from twicing.experiments.cases.hugging_face import NextToken
 
 TOKENS, COUNT = 16, 4
 
@@ -143,6 +145,24 @@ def test_pictures_have_heat_maps_and_classes(hf, vit, tmp_path, no_page):
                     weights *= 2
         answers = eager((pixels - mean) / std).logits.argmax(1)
     assert rows[-1]["value"] == pytest.approx(float((answers == whole.logits.argmax(1)).double().mean()))
+
+
+def test_scores_are_of_the_last_position_whether_or_not_a_model_can_leave_out_the_others():
+    scores = torch.arange(24.0).view(2, 3, 4)
+
+    class Whole(torch.nn.Module):
+        config = SimpleNamespace()
+
+        def forward(self, input_ids):
+            return SimpleNamespace(logits=scores[: len(input_ids)])
+
+    class Sparing(Whole):
+        def forward(self, input_ids, logits_to_keep=0):
+            assert logits_to_keep == 1
+            return SimpleNamespace(logits=scores[: len(input_ids), -1:])
+
+    for network in (Whole(), Sparing()):
+        assert torch.equal(NextToken(network)(torch.zeros(2, 3, dtype=torch.long)), scores[:, 2])
 
 
 def test_a_base_model_names_no_classes(hf, tmp_path):
