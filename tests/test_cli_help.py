@@ -1,6 +1,8 @@
 """Help reads as prose at 80 columns."""
 
 import re
+import subprocess
+import sys
 from itertools import pairwise, takewhile
 
 import pytest
@@ -96,3 +98,16 @@ def test_a_wrong_value_is_told_with_its_help(type_in):
     assert done.returncode == 2
     assert "--seeds" in done.stderr
     assert "\ue000" not in done.stderr
+
+
+def test_a_reader_that_has_enough_ends_it_without_a_traceback():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "twicing", "compare", "--help"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    assert process.wait(60) == 1

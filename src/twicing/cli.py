@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -161,9 +162,12 @@ COMMANDS: dict[str, type] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `twicing` command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = _read(given)
     try:
-        _run(command, shlex.join(["twicing", *given]))
+        _run(_read(given), shlex.join(["twicing", *given]))
+    except BrokenPipeError:
+        # Whoever reads the output, as in `twicing compare --help | head`, has enough. Nothing is left to be flushed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("\nStopped. What is finished is kept; the same command goes on from there.", file=sys.stderr)
         raise SystemExit(130) from None
