@@ -38,7 +38,11 @@ FREE = ("out", "seeds", "threads")
 
 @dataclass(frozen=True)
 class Options:
-    """What is fine-tuned, on what, and for how long."""
+    """Fine-tune a trained language model with and without twicing put into it, paired over seeds.
+
+    The converted model starts at the trained function (gain 0) and learns for each head how much to twice; the one
+    without gets equal steps, and in a third arm equal seconds.
+    """
 
     model: Path
     """Folder of the trained model."""

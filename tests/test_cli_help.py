@@ -78,7 +78,7 @@ def test_breaks_are_noticed():
 def test_a_command_says_more_of_itself_than_of_others(shown):
     together = " ".join(" ".join(shown()).split())
     alone = " ".join(" ".join(shown("compare")).split())
-    assert "Every mechanism is trained once per seed, on the same images" in alone
+    assert "Every mechanism is trained once per seed, on the same data" in alone
     assert "Every mechanism is trained once per seed" not in together
     assert "Train standard attention and other mechanisms side by side" in together
 

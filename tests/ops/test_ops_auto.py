@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from twicing import explain_backend, twicing_attention
 from twicing.ops import attention
@@ -85,6 +86,23 @@ def test_an_exported_program_needs_nothing_but_torch():
     program = torch.export.export(Smooth(), inputs)
     assert "twicing" not in str([node.target for node in program.graph.nodes])
     assert torch.equal(program.module()(*inputs), twicing_attention(*inputs, backend="sdpa"))
+
+
+def test_auto_leaves_the_choice_of_sdpas_kernel_alone():
+    """As a second derivative needs it."""
+    q = torch.randn(8, 197, 64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        assert explain_backend(q, q, q).split("'")[3] == "sdpa"
+        (first,) = torch.autograd.grad(twicing_attention(q, q, q).square().sum(), q, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), q)
+    assert second.isfinite().all()
+    assert second.norm() > 0
+
+
+def test_auto_is_compiled_whole():
+    q = torch.randn(8, 197, 64, generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda q: twicing_attention(q, q, q), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q), twicing_attention(q, q, q, backend="blocked"))
 
 
 def test_torch_func_falls_back_to_what_it_can_differentiate():

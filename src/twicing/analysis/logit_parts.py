@@ -147,8 +147,8 @@ def _vision_layer(holder: nn.Module, block: nn.Module, attention: nn.Module) -> 
     name = type(holder).__name__
     if not isinstance(getattr(holder, "pos_embed", None), Tensor) or not hasattr(holder, "patch_embed"):
         raise ValueError(
-            f"{name} keeps no additive absolute positions where they are looked for (pos_embed beside patch_embed), so "
-            "its logits are not taken apart into tokens and positions."
+            f"{name} keeps no additive absolute positions where they are looked for (as timm's models and the language "
+            "models of this library do), so its logits are not taken apart into tokens and positions."
         )
     norm, projection = getattr(block, "norm1", None), getattr(attention, "qkv", None)
     if not isinstance(norm, nn.LayerNorm) or not isinstance(projection, nn.Linear):

@@ -20,6 +20,10 @@ def trained_jobs(run: Path, data_dir: Path | None) -> tuple[list[Job], list[str]
     Raises ValueError where the folder is of something else or another version, or holds no trained model.
     """
     config = read_json(run / CONFIG)
+    if isinstance(config, dict) and "model_type" in config:
+        raise ValueError(
+            f"{run} is a folder of transformers, and no run folder of compare or train: diagnose and analyze take it."
+        )
     try:
         recipe = _rebuilt(find_any_recipe(config["recipe_name"]), config["recipe"])
         plan = Plan(recipe, tuple(Arm(**arm) for arm in config["arms"]), tuple(config["seeds"]))

@@ -130,6 +130,9 @@ def _is_blocked_faster(call: Call) -> bool:
     if call.query.device.type != "cpu" or call.query.dtype != torch.float32 or torch.compiler.is_exporting():
         # An exported program should need nothing but PyTorch's own operators.
         return False
+    if not torch.compiler.is_compiling() and not torch.backends.cuda.flash_sdp_enabled():
+        # sdpa_kernel(SDPBackend.MATH), as a second derivative needs it: whoever chose how SDPA computes wants SDPA.
+        return False
     if call.attn_mask is not None or call.dropout_p > 0.0 or width < BLOCKED_LEAST_WIDTH:
         return False
     fewest, most = BLOCKED_TOKENS["causal" if call.is_causal else "full"]

@@ -20,6 +20,8 @@ from twicing.experiments.bench.rows import MEASURED, ModelRow, Row, Timed, timed
 from twicing.experiments.bench.run import check_effort, record, record_name, threads
 from twicing.experiments.bench.screen import Screen
 from twicing.experiments.bench.timing import interleaved
+from twicing.names import listed, nearest
+from twicing.ops.attention import BACKENDS
 from twicing.testing import relative_rms
 from twicing.torchvision_import import mend_torchvision_import
 
@@ -49,6 +51,9 @@ def bench_model(options: ModelOptions, screen: Screen) -> bool:
     Raises ValueError for options that mean nothing, and an error that names timm where it is missing.
     """
     check_effort(options.repeats, options.seconds)
+    for backend in options.backends:
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(f"Unknown backend {backend!r}: {listed(backend, ['auto', *BACKENDS])}")
     if options.batch < 1:
         raise ValueError(f"--batch must be 1 or larger: got {options.batch}.")
     if not options.backends:
@@ -75,7 +80,9 @@ def _entrants(options: ModelOptions, device: torch.device) -> list[Entrant]:
     import timm
 
     if not timm.is_model(options.model):
-        raise ValueError(f"timm knows no model {options.model!r}: see timm.list_models('*deit*').")
+        near = nearest(options.model, timm.list_models())
+        hint = f"did you mean {near!r}?" if near else "see timm.list_models('*vit*')."
+        raise ValueError(f"timm knows no model {options.model!r}: {hint}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         standard = timm.create_model(options.model, pretrained=False).eval()
@@ -85,7 +92,10 @@ def _entrants(options: ModelOptions, device: torch.device) -> list[Entrant]:
     choices += [(layers, backend) for layers in options.layers[-1:] for backend in others]
     for layers, backend in choices:
         model = copy.deepcopy(standard)
-        convert(model, "twicing", layers=layers, options={"backend": backend})
+        try:
+            convert(model, "twicing", layers=layers, options={"backend": backend})
+        except ValueError as error:
+            raise ValueError(f"--layers (by default those of 12 layers) do not fit {options.model}: {error}") from None
         entrants.append(Entrant(layers, backend, model))
     for entrant in entrants:
         entrant.model.to(device)

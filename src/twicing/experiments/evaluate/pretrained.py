@@ -134,6 +134,11 @@ def _network(options: Evaluate) -> tuple[nn.Module, Sequence[float], Sequence[fl
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.seed)
             network = timm.create_model(options.model, pretrained=options.pretrained, **arguments)
+    except OSError as error:
+        raise ValueError(
+            f"timm has no weights of {options.model} in its cache and could not download them: give --checkpoint FILE, "
+            "or try again where there is a network."
+        ) from error
     except (TypeError, AssertionError, RuntimeError) as error:
         raise ValueError(f"timm cannot make {options.model} with {arguments or 'its defaults'}: {error}") from error
     pixels = resolve_model_data_config(network)

@@ -149,7 +149,8 @@ def _differentiate(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor 
 
 def _refuse_second_derivative(_ctx: Any, *_: Any) -> None:
     raise NotImplementedError(
-        "backend='blocked' has a first derivative only. Use backend='reference', which can be differentiated twice."
+        "backend='blocked' has a first derivative only ('auto' takes it where it is faster). Use backend='reference', "
+        "which can be differentiated twice."
     )
 
 
