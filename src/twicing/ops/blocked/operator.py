@@ -1,12 +1,15 @@
 """The operator in torch's registry: what autograd, torch.compile and vmap see."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from twicing.ops.blocked.backward import Backward, Gradients, Saved
+from twicing.ops.blocked.crew import each
 from twicing.ops.blocked.forward import Forward
+from twicing.ops.blocked.plan import Box
 from twicing.ops.blocked.scratch import Scratch
 from twicing.ops.blocked.walk import Walk
 from twicing.ops.custom_op import one_by_one
@@ -33,10 +36,18 @@ def blocked_forward(
     width = value.shape[-1]
     output = walk.empty(width)
     smoothed, row_terms = (walk.empty(columns) if is_training else None for columns in (width, 2))
-    forward = Forward(walk.plan, width, Scratch(walk.dtype), has_dropout=seed is not None)
-    for box in walk.boxes():
-        places = (None if tensor is None else tensor[box.flat] for tensor in (smoothed, row_terms))
-        forward.run(walk.heads_of(box), output[box.flat], *places)
+    threads = walk.threads()
+
+    def new_worker() -> Callable[[Box], None]:
+        forward = Forward(walk.plan, width, Scratch(walk.dtype), has_dropout=seed is not None)
+
+        def work(box: Box) -> None:
+            places = (None if tensor is None else tensor[box.flat] for tensor in (smoothed, row_terms))
+            forward.run(walk.heads_of(box), output[box.flat], *places)
+
+        return work
+
+    each(walk.boxes(threads), new_worker, threads)
     output = output.view(*query.shape[:-1], width).to(query.dtype)
     if smoothed is None or row_terms is None:
         return output, query.new_empty(0), query.new_empty(0)
@@ -69,16 +80,26 @@ def blocked_backward(
     if attn_mask is not None and needs_d_mask:
         d_mask = torch.zeros(attn_mask.shape, dtype=walk.dtype)
     kept = [walk.in_a_row(tensor) for tensor in (upstream, output, smoothed, row_terms)]
-    backward = Backward(walk.plan, value.shape[-1], Scratch(walk.dtype), has_dropout=seed is not None)
-    for box in walk.boxes():
-        gradients = Gradients(
-            query=d_query[box.flat],
-            key=d_key[box.flat],
-            value=d_value[box.flat],
-            gain=None if d_gain is None else d_gain[box.flat],
-            attn_mask=None if d_mask is None else walk.mask_part(d_mask, box),
-        )
-        backward.run(walk.heads_of(box), Saved(*(tensor[box.flat] for tensor in kept)), gradients)
+    # The gradient of one mask gathers from many boxes: in a fixed order, so that its bits are the same every time.
+    threads = walk.threads() if d_mask is None else 1
+
+    def new_worker() -> Callable[[Box], None]:
+        backward = Backward(walk.plan, value.shape[-1], Scratch(walk.dtype), has_dropout=seed is not None)
+
+        def work(box: Box) -> None:
+            gradients = Gradients(
+                query=d_query[box.flat],
+                key=d_key[box.flat],
+                value=d_value[box.flat],
+                gain=None if d_gain is None else d_gain[box.flat],
+                attn_mask=None if d_mask is None else walk.mask_part(d_mask, box),
+            )
+            saved = Saved(*(tensor[box.flat] for tensor in kept))
+            backward.run(walk.heads_of(box), saved, gradients)
+
+        return work
+
+    each(walk.boxes(threads), new_worker, threads)
     return (
         walk.to_heads_of(query, d_query),
         walk.to_heads_of(key, d_key),

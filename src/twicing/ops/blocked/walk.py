@@ -5,8 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from twicing.ops.blocked.plan import Box, boxes, plan
+from twicing.ops.blocked.plan import KEPT_BYTES, Box, boxes, plan
 from twicing.ops.blocked.weights import Dropout, Heads
+
+# Numbers in all of A, below which waking threads costs more than they save.
+WORTH_THREADS = 1 << 19
 
 
 class Walk:
@@ -40,9 +43,18 @@ class Walk:
         """Room for a result of every head, [B H, N, width]."""
         return torch.empty(self.count, self.tokens, width, dtype=self.dtype)
 
-    def boxes(self) -> Iterator[Box]:
-        """Every box of heads."""
-        return boxes(self.batch, self.heads, self.plan.heads) if self.count * self.tokens else iter(())
+    def threads(self) -> int:
+        """How many threads share the boxes: all that torch uses, if that is worth it and what they keep has room."""
+        most = min(torch.get_num_threads(), self.count)
+        if self.count * self.tokens**2 < WORTH_THREADS or most * self.plan.kept_size * self.dtype.itemsize > KEPT_BYTES:
+            return 1
+        return most
+
+    def boxes(self, threads: int) -> Iterator[Box]:
+        """Every box of heads, small enough that each thread gets some."""
+        if self.count * self.tokens == 0:
+            return iter(())
+        return boxes(self.batch, self.heads, min(self.plan.heads, -(-self.count // threads)))
 
     def heads_of(self, box: Box) -> Heads:
         """What the heads of a box are computed from."""

@@ -40,7 +40,7 @@ class Dropout:
 
 
 def rows_of(tensor: Tensor, rows: slice) -> Tensor:
-    """The rows of [G, N, ...]; the tensor itself where they are all, which costs a call less."""
+    """The rows of [G, N, ...]; the tensor itself where they are all, since threads wait for each other in Python."""
     return tensor if rows.stop - rows.start == tensor.shape[1] else tensor[:, rows]
 
 
