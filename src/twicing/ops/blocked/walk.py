@@ -8,8 +8,9 @@ from torch import Tensor
 from twicing.ops.blocked.plan import KEPT_BYTES, Box, boxes, plan
 from twicing.ops.blocked.weights import Dropout, Heads
 
-# Numbers in all of A, below which waking threads costs more than they save.
-WORTH_THREADS = 1 << 19
+# Tokens from which on threads of ours share the heads. Below, torch's own share each kernel: after every other kernel of
+# a model its idle ones go on spinning for a while, and would take the cores from ours for most of a short call.
+WORTH_THREADS = 512
 
 
 class Walk:
@@ -46,7 +47,7 @@ class Walk:
     def threads(self) -> int:
         """How many threads share the boxes: all that torch uses, if that is worth it and what they keep has room."""
         most = min(torch.get_num_threads(), self.count)
-        if self.count * self.tokens**2 < WORTH_THREADS or most * self.plan.kept_size * self.dtype.itemsize > KEPT_BYTES:
+        if self.tokens < WORTH_THREADS or most * self.plan.kept_size * self.dtype.itemsize > KEPT_BYTES:
             return 1
         return most
 
