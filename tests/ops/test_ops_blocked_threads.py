@@ -142,7 +142,7 @@ from twicing.ops.call import checked_call
 from twicing.ops import blocked
 
 torch.set_num_threads(2)
-q = torch.randn(4, 4, 256, 8)
+q = torch.randn(4, 4, 512, 8)
 run = lambda: blocked.run(checked_call(q, q, q, None, 0.0, False, None, False, order=2, gain=1.0))
 expected = run()
 child = os.fork()

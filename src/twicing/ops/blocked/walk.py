@@ -8,8 +8,8 @@ from torch import Tensor
 from twicing.ops.blocked.plan import KEPT_BYTES, Box, boxes, plan
 from twicing.ops.blocked.weights import Dropout, Heads
 
-# Tokens from which on threads of ours share the heads. Below, torch's own share each kernel: after every other kernel of
-# a model its idle ones go on spinning for a while, and would take the cores from ours for most of a short call.
+# Tokens from which on threads of ours share the heads. Below, torch's own share each kernel: after every other kernel
+# of a model its idle ones go on spinning for a while, and would take the cores from ours for most of a short call.
 WORTH_THREADS = 512
 
 
