@@ -177,9 +177,16 @@ def load_script():
 
 
 def check_page(text):
-    """Every section has its command, its seeds and epochs in one line, and a table with standard in it."""
+    """Every section has its command, its seeds and epochs (or steps) in one line, and a table with standard in it."""
     sections = text.split("\n## ")[1:]
     for section in sections:
+        if "scripts/retrofit.py" in section:
+            assert re.search(r"^`python scripts/retrofit\.py --model .* --seeds \d+ .*`$", section, re.MULTILINE)
+            assert re.search(r"^\d+ seeds; \d+ steps of ", section, re.MULTILINE)
+            (heads, rows), (layers, _) = tables(section)
+            assert (heads[0], layers[0]) == ("arm", "layer")
+            assert {row[0] for row in rows} >= {"standard, equal steps", "standard, equal seconds"}
+            continue
         assert re.search(r"^`(twicing|python -m twicing).*`$", section, re.MULTILINE), section[:80]
         assert re.search(r"^\d+ seeds?; \d+ epochs?; ", section, re.MULTILINE), section[:80]
         ((heads, rows),) = tables(section)

@@ -131,7 +131,7 @@ def test_vmap_over_queries_masks_and_gains_and_its_gradient(inputs):
 def test_a_second_derivative_is_refused_in_a_sentence(inputs):
     q, k, v = (tensor.requires_grad_() for tensor in inputs)
     (d_query,) = torch.autograd.grad(call(q, k, v).square().sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"first derivative only\. Use backend='reference'"):
+    with pytest.raises(NotImplementedError, match=r"first derivative only .* Use backend='reference'"):
         d_query.sum().backward()
 
 
