@@ -99,6 +99,13 @@ def test_auto_leaves_the_choice_of_sdpas_kernel_alone():
     assert second.norm() > 0
 
 
+def test_more_threads_than_those_of_the_record_are_not_on_record(monkeypatch):
+    assert f"-{attention.BLOCKED_MOST_THREADS}-threads-" in attention.BLOCKED_RECORD
+    for threads, backend in ((1, "blocked"), (2, "blocked"), (3, "sdpa")):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert taken((2, 8, 256, 64)) == backend
+
+
 def test_auto_is_compiled_whole():
     q = torch.randn(8, 197, 64, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(lambda q: twicing_attention(q, q, q), fullgraph=True, backend="eager")

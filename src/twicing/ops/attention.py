@@ -33,6 +33,7 @@ class Backend(Protocol):
 # `triton` stands behind `reference`, which refuses nothing, and so is taken by name only, until a record says more.
 BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "reference": reference, "blocked": blocked, "triton": triton}
 BLOCKED_RECORD = "benchmarks/results/ops-cpu-2-threads-float32.csv"
+BLOCKED_MOST_THREADS = 2
 BLOCKED_LEAST_HEADS = 8
 BLOCKED_LEAST_WIDTH = 64
 BLOCKED_TOKENS = {"full": (197, 1024), "causal": (1024, 4096)}
@@ -66,9 +67,9 @@ def twicing_attention(
     gain: g, a finite number, or a tensor of one element or [H], H the query heads, with a gradient. 1 is the paper's,
         0 is standard attention; in [0, 1] every eigenvalue of A that lies in [0, 1] stays there.
     backend: how, never what: "sdpa", "reference", "blocked" (CPU, order 2), "triton" (GPU, orders 1 and 2), or "auto":
-        "blocked" where a record says that it is faster (fp32 on the CPU, wide heads, hundreds of tokens), else "sdpa"
-        where it serves the call, else "reference" (see explain_backend()). One that is asked for by name and cannot
-        serve the call raises.
+        "blocked" where a record says that it is faster (fp32 on one or two threads of the CPU, wide heads, hundreds of
+        tokens), else "sdpa" where it serves the call, else "reference" (see explain_backend()). One that is asked for
+        by name and cannot serve the call raises.
     Returns U, [..., H, N, Dv], in the query's dtype (autocast's under autocast); half precision accumulates in fp32.
     Raises ValueError or TypeError, saying what was expected and what came.
     Source: arXiv 2503.00687, Definition 2 and Algorithm 1.
@@ -127,16 +128,28 @@ def _is_plain_sdpa(order: int, backend: str) -> bool:
 def _is_blocked_faster(call: Call) -> bool:
     """Whether the record of the CPU says so, or speaks of shorter and longer sequences for which it is so."""
     *others, tokens, width = call.query.shape
-    if call.query.device.type != "cpu" or call.query.dtype != torch.float32 or torch.compiler.is_exporting():
-        # An exported program should need nothing but PyTorch's own operators.
-        return False
-    if not torch.compiler.is_compiling() and not torch.backends.cuda.flash_sdp_enabled():
-        # sdpa_kernel(SDPBackend.MATH), as a second derivative needs it: whoever chose how SDPA computes wants SDPA.
-        return False
-    if call.attn_mask is not None or call.dropout_p > 0.0 or width < BLOCKED_LEAST_WIDTH:
-        return False
     fewest, most = BLOCKED_TOKENS["causal" if call.is_causal else "full"]
-    return fewest <= tokens <= most and math.prod(others) >= BLOCKED_LEAST_HEADS
+    return (
+        call.query.device.type == "cpu"
+        and call.query.dtype == torch.float32
+        and call.attn_mask is None
+        and call.dropout_p == 0.0
+        and width >= BLOCKED_LEAST_WIDTH
+        and math.prod(others) >= BLOCKED_LEAST_HEADS
+        and fewest <= tokens <= most
+        # An exported program should need nothing but PyTorch's own operators.
+        and not torch.compiler.is_exporting()
+        and _settings_allow_blocked()
+    )
+
+
+@torch.compiler.assume_constant_result
+def _settings_allow_blocked() -> bool:
+    """Whether torch uses no more threads than the record is of, and nobody chose how SDPA computes.
+
+    sdpa_kernel(SDPBackend.MATH), as a second derivative needs it, turns the fused kernel off: then SDPA is wanted.
+    """
+    return torch.get_num_threads() <= BLOCKED_MOST_THREADS and torch.backends.cuda.flash_sdp_enabled()
 
 
 def _chosen(backend: str, call: Call) -> str:

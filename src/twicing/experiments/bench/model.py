@@ -95,7 +95,7 @@ def _entrants(options: ModelOptions, device: torch.device) -> list[Entrant]:
         try:
             convert(model, "twicing", layers=layers, options={"backend": backend})
         except ValueError as error:
-            raise ValueError(f"--layers (by default those of 12 layers) do not fit {options.model}: {error}") from None
+            raise ValueError(f"{options.model} cannot be twiced in --layers {layers}: {error}") from error
         entrants.append(Entrant(layers, backend, model))
     for entrant in entrants:
         entrant.model.to(device)

@@ -1,7 +1,7 @@
-"""Heads over threads: every thread does whole boxes with kernels of one thread, and waits for nobody in between.
+"""Heads over threads, for long calls: every thread does whole boxes with kernels of one thread, and waits for nobody.
 
-With every kernel split over the threads instead, they would meet some twenty times in a box, and each time wait for the
-slowest: where other processes kept the cores busy, that took 3 to 10 times as long.
+With every kernel split over the threads instead, as it is in short calls (see walk.py), they would meet some twenty
+times in a box, and each time wait for the slowest.
 """
 
 import os

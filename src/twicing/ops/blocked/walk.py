@@ -45,7 +45,7 @@ class Walk:
         return torch.empty(self.count, self.tokens, width, dtype=self.dtype)
 
     def threads(self) -> int:
-        """How many threads share the boxes: all that torch uses, if that is worth it and what they keep has room."""
+        """How many threads of ours share the boxes: as many as torch uses, or 1, where torch's share each kernel."""
         most = min(torch.get_num_threads(), self.count)
         if self.tokens < WORTH_THREADS or most * self.plan.kept_size * self.dtype.itemsize > KEPT_BYTES:
             return 1
