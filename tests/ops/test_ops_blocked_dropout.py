@@ -18,6 +18,8 @@ N = 37
 def cut(request, monkeypatch):
     if request.param != "one-block":
         monkeypatch.setattr(plan, "BLOCK_BYTES", 4 << 10)
+        monkeypatch.setattr(plan, "CAUSAL_BLOCK_BYTES", 4 << 10)
+        monkeypatch.setattr(plan, "WHOLE_BYTES", {"forward": 0, "backward": 0})
     if request.param == "made-twice":
         monkeypatch.setattr(plan, "KEPT_BYTES", 0)
 

@@ -239,14 +239,26 @@ def test_scratch_lends_no_memory_twice_and_no_more_than_it_has():
     assert beyond.untyped_storage().data_ptr() != room.memory.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 197, 1024, 4096, 5000, 100_000])
-def test_plans_cover_every_row_once_within_their_memory(tokens, is_causal):
-    made = plan.plan(24, tokens, 4, is_causal=is_causal)
-    assert [row for rows in made.row_blocks() for row in range(rows.start, rows.stop)] == list(range(tokens))
-    assert 4 * made.block_size <= max(plan.BLOCK_BYTES, plan.LEAST_ROWS * tokens * 4)
-    assert 4 * made.kept_size <= max(plan.KEPT_BYTES, 4 * made.block_size)
-    assert made.keeps == (not is_causal and tokens <= 4096)
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 197, 1024, 2048, 4096, 5000, 100_000])
+def test_plans_cover_every_row_once_within_their_memory(tokens, is_causal, direction):
+    made = plan.plan(24, tokens, 4, is_causal=is_causal, direction=direction)
+    blocks = made.row_blocks()
+    assert [row for rows in blocks for row in range(rows.start, rows.stop)] == list(range(tokens))
+    row = made.heads * tokens * 4
+    sides = [torch.get_num_threads() * plan.BLOCK_BYTES, plan.CAUSAL_BLOCK_BYTES, plan.WHOLE_BYTES[direction]]
+    assert 4 * made.block_size <= max(plan.LEAST_ROWS * row, torch.get_num_threads() * max(sides))
+    assert 4 * made.kept * made.block_size <= plan.KEPT_BYTES
+    # The last block of a box is still at hand, and a causal sweep needs none again.
+    assert made.kept <= (0 if is_causal or not blocks else len(blocks) - 1)
+
+
+@pytest.mark.parametrize(("tokens", "every_block_is_kept"), [(1024, True), (2048, True), (5000, False)])
+def test_what_finds_no_room_is_made_twice(tokens, every_block_is_kept):
+    made = plan.plan(1, tokens, 4, is_causal=False, direction="backward")
+    assert (made.kept == len(made.row_blocks()) - 1) == every_block_is_kept
+    assert 4 * (made.kept + 1) * made.block_size > min(plan.KEPT_BYTES, 3 * tokens * tokens)
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 5, 7, 100])

@@ -143,13 +143,17 @@ def _is_blocked_faster(call: Call) -> bool:
     )
 
 
-@torch.compiler.assume_constant_result
 def _settings_allow_blocked() -> bool:
     """Whether torch uses no more threads than the record is of, and nobody chose how SDPA computes.
 
     sdpa_kernel(SDPBackend.MATH), as a second derivative needs it, turns the fused kernel off: then SDPA is wanted.
     """
     return torch.get_num_threads() <= BLOCKED_MOST_THREADS and torch.backends.cuda.flash_sdp_enabled()
+
+
+# A compiler cannot trace these questions: it asks once, while it compiles. This is all that the public
+# torch.compiler.assume_constant_result() does, but that loads the compiler wherever twicing is imported.
+_settings_allow_blocked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _chosen(backend: str, call: Call) -> str:

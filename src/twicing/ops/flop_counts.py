@@ -31,8 +31,8 @@ def _blocked_forward(query: Shape, _key: Shape, value: Shape, *_: Any, **__: Any
 
 
 def _blocked_backward(*inputs: Any, **_: Any) -> int:
-    # The upstream gradient and three that the forward kept come first.
-    query, _, value = inputs[4:7]
+    # The upstream gradient and four that the forward kept come first.
+    query, _, value = inputs[5:8]
     return _backward(query, value, 2)
 
 

@@ -40,5 +40,5 @@ def run(call: Call) -> Tensor:
     seed = torch.randint(1 << 62, ()) if call.dropout_p > 0.0 else None
     scale = 1.0 / math.sqrt(call.query.shape[-1]) if call.scale is None else call.scale
     is_training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
-    output, _, _ = blocked_forward(*inputs, seed, call.dropout_p, call.is_causal, scale, is_training)
+    output, *_ = blocked_forward(*inputs, seed, call.dropout_p, call.is_causal, scale, is_training)
     return output.reshape(*batch, *heads, *output.shape[-2:])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twicing.ops.blocked.blocks import Blocks
 from twicing.ops.blocked.plan import Plan
 from twicing.ops.blocked.scratch import Scratch
 from twicing.ops.blocked.weights import Heads, rows_of
@@ -21,12 +22,13 @@ from twicing.ops.blocked.weights import Heads, rows_of
 
 @dataclass(frozen=True)
 class Saved:
-    """What the forward left behind for G heads, and G: all [G, N, Dv], the row terms (shift and c) [G, N, 2]."""
+    """What the forward left behind for G heads, and G: all [G, N, Dv], but shift (None: all zero) and c [G, N, 1]."""
 
     upstream: Tensor
     output: Tensor
     smoothed: Tensor
-    row_terms: Tensor
+    shift: Tensor | None
+    inverse: Tensor
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,11 @@ class Gradients:
 class Backward:
     """The backward of one box after another, with one set of buffers."""
 
-    def __init__(self, plan: Plan, value_width: int, scratch: Scratch, *, has_dropout: bool):
-        self.plan = plan
-        self.block = scratch.take(plan.kept_size)
+    def __init__(self, plan: Plan, width: int, value_width: int, scratch: Scratch, *, has_dropout: bool):
+        self.blocks = Blocks(plan, scratch)
         self.d_block = scratch.take(plan.block_size)
         self.dropped = scratch.take(plan.block_size if has_dropout else 0)
+        self.product = scratch.take(plan.heads * plan.tokens * max(width, value_width))
         widths = (2 * value_width + 1, 2 * value_width + 1, value_width, value_width, 1)
         self.room = [scratch.take(plan.heads, plan.tokens, width) for width in widths]
         left, right, *_ = self.room
@@ -62,30 +64,23 @@ class Backward:
             tensor if len(tensor) == count else tensor[:count] for tensor in self.room
         )
         box = _Box(
-            heads, saved, gradients, self.d_block, self.dropped, left, right, d_boosted, products, delta,
+            heads, saved, gradients, self.d_block, self.dropped, self.product, left, right, d_boosted, products, delta,
             left_first=left[:, :, :width],
             left_second=left[:, :, width:-1],
             left_last=left[:, :, -1:],
-            inverse=saved.row_terms[:, :, 1:],
+            inverse=saved.inverse,
         )  # fmt: skip
         box.prepare()
-        blocks = self.plan.row_blocks()
-        if heads.is_causal:
-            for rows in reversed(blocks):
-                weights = box.make(self.block, rows)
-                box.to_boosted(weights, rows, first=rows.stop == heads.tokens)
+        for rows, weights in self.blocks.made(box.make, backwards=heads.is_causal):
+            is_first = rows == self.blocks.rows[-1 if heads.is_causal else 0]
+            box.to_boosted(weights, rows, first=is_first)
+            if heads.is_causal:
                 box.complete(rows)
-                box.to_inputs(weights, rows, first=rows.stop == heads.tokens)
-        else:
-            for rows in blocks:
-                weights = box.make(self.plan.place(self.block, rows), rows)
-                box.to_boosted(weights, rows, first=rows.start == 0)
+                box.to_inputs(weights, rows, first=is_first)
+        if not heads.is_causal:
             box.complete(slice(0, heads.tokens))
-            for rows in blocks:
-                weights = heads.block(self.plan.place(self.block, rows), rows)
-                if not self.plan.keeps:
-                    box.make(self.block, rows)
-                box.to_inputs(weights, rows, first=rows.start == 0)
+            for rows, weights in self.blocks.again(box.make, heads.block):
+                box.to_inputs(weights, rows, first=rows == self.blocks.rows[-1])
         box.finish()
 
 
@@ -98,6 +93,7 @@ class _Box:
     gradients: Gradients
     d_block: Tensor
     dropped: Tensor
+    product: Tensor
     left: Tensor
     right: Tensor
     d_boosted: Tensor
@@ -117,13 +113,13 @@ class _Box:
 
     def make(self, buffer: Tensor, rows: slice) -> Tensor:
         """P of these rows."""
-        shift = rows_of(self.saved.row_terms, rows)[:, :, :1]
+        shift = None if self.saved.shift is None else rows_of(self.saved.shift, rows)
         return self.heads.weights(self.heads.block(buffer, rows), rows, shift)
 
     def to_boosted(self, weights: Tensor, rows: slice, *, first: bool) -> None:
         """dR += A^T G."""
         d_boosted = rows_of(self.d_boosted, self.heads.columns(rows))
-        d_boosted.baddbmm_(self.drop(weights, rows).mT, rows_of(self.left_first, rows), beta=0 if first else 1)
+        self.add_product(d_boosted, self.drop(weights, rows).mT, rows_of(self.left_first, rows), first=first)
 
     def complete(self, rows: slice) -> None:
         """-g dR and delta, where dR is final."""
@@ -145,17 +141,16 @@ class _Box:
     def to_inputs(self, weights: Tensor, rows: slice, *, first: bool) -> None:
         """dV -= g A^T dR; dS, and what it gives to queries, keys and mask."""
         heads, gradients, columns = self.heads, self.gradients, self.heads.columns(rows)
-        beta = 0 if first else 1
         d_value = rows_of(gradients.value, columns)
-        d_value.baddbmm_(self.drop(weights, rows).mT, rows_of(self.left_second, rows), beta=beta)
+        self.add_product(d_value, self.drop(weights, rows).mT, rows_of(self.left_second, rows), first=first)
         d_scores = heads.block(self.d_block, rows)
         torch.bmm(rows_of(self.left, rows), rows_of(self.right, columns).mT, out=d_scores)
         if heads.dropout is not None:
             d_scores.mul_(heads.kept(self.dropped, rows)).sub_(rows_of(self.delta, rows))
         d_scores.mul_(weights)
         d_query, d_key = rows_of(gradients.query, rows), rows_of(gradients.key, columns)
-        d_query.baddbmm_(d_scores, rows_of(heads.key, columns), beta=0, alpha=heads.scale)
-        d_key.baddbmm_(d_scores.mT, rows_of(heads.query, rows), beta=beta, alpha=heads.scale)
+        self.add_product(d_query, d_scores, rows_of(heads.key, columns), first=True, scale=heads.scale)
+        self.add_product(d_key, d_scores.mT, rows_of(heads.query, rows), first=first, scale=heads.scale)
         if gradients.attn_mask is not None:
             part = heads.mask_rows(gradients.attn_mask, rows)
             part += heads.by_entry(d_scores).sum_to_size(part.shape)
@@ -166,6 +161,18 @@ class _Box:
         if self.gradients.gain is not None:
             left_behind = self.heads.value - self.saved.smoothed
             torch.sum(left_behind.mul_(self.d_boosted), (-2, -1), keepdim=True, out=self.gradients.gain)
+
+    def add_product(self, out: Tensor, left: Tensor, right: Tensor, *, first: bool, scale: float = 1.0) -> None:
+        """out += scale left right; where it is the first, out = scale left right."""
+        if out.is_contiguous():
+            out.baddbmm_(left, right, beta=0 if first else 1, alpha=scale)
+            return
+        # A batch of products is fast only where the whole result is contiguous, and some rows of each head are not.
+        product = torch.bmm(left, right, out=self.product[: out.numel()].view(out.shape))
+        if first:
+            torch.mul(product, scale, out=out)
+        else:
+            out.add_(product, alpha=scale)
 
     def drop(self, weights: Tensor, rows: slice) -> Tensor:
         """What dropout leaves of P; c makes up for the rest."""

@@ -1,15 +1,12 @@
 """The operator in torch's registry: what autograd, torch.compile and vmap see."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from twicing.ops.blocked.backward import Backward, Gradients, Saved
-from twicing.ops.blocked.crew import each
-from twicing.ops.blocked.forward import Forward
-from twicing.ops.blocked.plan import Box
+from twicing.ops.blocked.forward import Forward, Result
 from twicing.ops.blocked.scratch import Scratch
 from twicing.ops.blocked.walk import Walk
 from twicing.ops.custom_op import one_by_one
@@ -27,31 +24,26 @@ def blocked_forward(
     is_causal: bool,
     scale: float,
     is_training: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """U; and for the backward, where is_training, O = A V and the row terms (see forward.py), [B, H, N, 2].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """U; and for the backward, where is_training, O = A V, and shift and c (see forward.py), [B, H, N, 1].
 
     query [B, H, N, D]; key, value [B, H or a divisor, N, D]; attn_mask [B or 1, H or 1, N or 1, N or 1]; gain [H or 1].
     """
-    walk = Walk(query, key, value, attn_mask, gain, seed, dropout_p, is_causal, scale)
+    walk = Walk(query, key, value, attn_mask, gain, seed, dropout_p, is_causal, scale, "forward")
     width = value.shape[-1]
     output = walk.empty(width)
-    smoothed, row_terms = (walk.empty(columns) if is_training else None for columns in (width, 2))
-    threads = walk.threads()
-
-    def new_worker() -> Callable[[Box], None]:
-        forward = Forward(walk.plan, width, Scratch(walk.dtype), has_dropout=seed is not None)
-
-        def work(box: Box) -> None:
-            places = (None if tensor is None else tensor[box.flat] for tensor in (smoothed, row_terms))
-            forward.run(walk.heads_of(box), output[box.flat], *places)
-
-        return work
-
-    each(walk.boxes(threads), new_worker, threads)
-    output = output.view(*query.shape[:-1], width).to(query.dtype)
-    if smoothed is None or row_terms is None:
-        return output, query.new_empty(0), query.new_empty(0)
-    return output, smoothed.view(*query.shape[:-1], width), row_terms.view(*query.shape[:-1], 2)
+    kept = (walk.empty(width), walk.empty(1), walk.empty(1)) if is_training else None
+    scratch = Scratch(walk.dtype)
+    forward = Forward(walk.plan, width, scratch, has_dropout=seed is not None)
+    forgotten = [scratch.take(walk.plan.heads, walk.tokens, columns) for columns in (width, 1, 1)]
+    for box in walk.boxes():
+        rest = [room[: len(box)] for room in forgotten] if kept is None else [part[box.flat] for part in kept]
+        forward.run(walk.heads_of(box), Result(output[box.flat], *rest))
+    smoothed, shift, inverse = (
+        query.new_empty(0) if kept is None else kept[part].view(*query.shape[:-1], columns)
+        for part, columns in enumerate((width, 1, 1))
+    )
+    return output.view(*query.shape[:-1], width).to(query.dtype), smoothed, shift, inverse
 
 
 @torch.library.custom_op("twicing::blocked_backward", mutates_args=(), device_types="cpu")
@@ -59,7 +51,8 @@ def blocked_backward(
     upstream: Tensor,
     output: Tensor,
     smoothed: Tensor,
-    row_terms: Tensor,
+    shift: Tensor,
+    inverse: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -73,33 +66,34 @@ def blocked_backward(
     needs_d_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of query, key, value, gain and attn_mask; of the last two where needed, otherwise empty tensors."""
-    walk = Walk(query, key, value, attn_mask, gain, seed, dropout_p, is_causal, scale)
+    walk = Walk(query, key, value, attn_mask, gain, seed, dropout_p, is_causal, scale, "backward")
     d_query, d_key, d_value = (walk.empty(tensor.shape[-1]) for tensor in (query, query, value))
     d_gain = torch.zeros(walk.count, 1, 1, dtype=walk.dtype) if needs_d_gain else None
     d_mask = None
     if attn_mask is not None and needs_d_mask:
         d_mask = torch.zeros(attn_mask.shape, dtype=walk.dtype)
-    kept = [walk.in_a_row(tensor) for tensor in (upstream, output, smoothed, row_terms)]
-    # The gradient of one mask gathers from many boxes: in a fixed order, so that its bits are the same every time.
-    threads = walk.threads() if d_mask is None else 1
-
-    def new_worker() -> Callable[[Box], None]:
-        backward = Backward(walk.plan, value.shape[-1], Scratch(walk.dtype), has_dropout=seed is not None)
-
-        def work(box: Box) -> None:
-            gradients = Gradients(
-                query=d_query[box.flat],
-                key=d_key[box.flat],
-                value=d_value[box.flat],
-                gain=None if d_gain is None else d_gain[box.flat],
-                attn_mask=None if d_mask is None else walk.mask_part(d_mask, box),
-            )
-            saved = Saved(*(tensor[box.flat] for tensor in kept))
-            backward.run(walk.heads_of(box), saved, gradients)
-
-        return work
-
-    each(walk.boxes(threads), new_worker, threads)
+    upstream, output, smoothed, shift, inverse = (
+        walk.in_a_row(tensor) for tensor in (upstream, output, smoothed, shift, inverse)
+    )
+    is_shifted = bool(shift.any())
+    widths = query.shape[-1], value.shape[-1]
+    backward = Backward(walk.plan, *widths, Scratch(walk.dtype), has_dropout=seed is not None)
+    for box in walk.boxes():
+        gradients = Gradients(
+            query=d_query[box.flat],
+            key=d_key[box.flat],
+            value=d_value[box.flat],
+            gain=None if d_gain is None else d_gain[box.flat],
+            attn_mask=None if d_mask is None else walk.mask_part(d_mask, box),
+        )
+        saved = Saved(
+            upstream=upstream[box.flat],
+            output=output[box.flat],
+            smoothed=smoothed[box.flat],
+            shift=shift[box.flat] if is_shifted else None,
+            inverse=inverse[box.flat],
+        )
+        backward.run(walk.heads_of(box), saved, gradients)
     return (
         walk.to_heads_of(query, d_query),
         walk.to_heads_of(key, d_key),
@@ -110,25 +104,25 @@ def blocked_backward(
 
 
 @blocked_forward.register_fake
-def _fake_forward(query: Tensor, _key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    shape = (*query.shape[:-1], value.shape[-1])
+def _fake_forward(query: Tensor, _key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape, of_rows = ((*query.shape[:-1], width) for width in (value.shape[-1], 1))
     is_training = others[-1]
     if not is_training:
-        return query.new_empty(shape), query.new_empty(0), query.new_empty(0)
+        return query.new_empty(shape), query.new_empty(0), query.new_empty(0), query.new_empty(0)
     wide = torch.promote_types(query.dtype, torch.float32)
-    smoothed, row_terms = (query.new_empty(size, dtype=wide) for size in (shape, (*query.shape[:-1], 2)))
-    return query.new_empty(shape), smoothed, row_terms
+    smoothed, shift, inverse = (query.new_empty(size, dtype=wide) for size in (shape, of_rows, of_rows))
+    return query.new_empty(shape), smoothed, shift, inverse
 
 
 @blocked_backward.register_fake
-def _fake_backward(_upstream: Tensor, _output: Tensor, _smoothed: Tensor, _row_terms: Tensor, *inputs: Any) -> Any:
-    query, key, value, attn_mask, gain, *_, needs_d_gain, needs_d_mask = inputs
+def _fake_backward(*inputs: Any) -> Any:
+    *_, query, key, value, attn_mask, gain, _, _, _, _, needs_d_gain, needs_d_mask = inputs
     d_gain = gain.new_empty(gain.shape if needs_d_gain else 0)
     d_mask = attn_mask.new_empty(attn_mask.shape) if needs_d_mask else query.new_empty(0)
     return *(tensor.new_empty(tensor.shape) for tensor in (query, key, value)), d_gain, d_mask
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, dropout_p, is_causal, scale, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.options = dropout_p, is_causal, scale
@@ -137,12 +131,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 
 def _differentiate(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    *tensors, output, smoothed, row_terms = ctx.saved_tensors
+    *inputs, output, smoothed, shift, inverse = ctx.saved_tensors
     if upstream is None:
         return (None,) * 10
     _, _, _, needs_d_mask, needs_d_gain, *_ = ctx.needs_input_grad
     needs = needs_d_gain, needs_d_mask
-    gradients = blocked_backward(upstream, output, smoothed, row_terms, *tensors, *ctx.options, *needs)
+    gradients = blocked_backward(upstream, output, smoothed, shift, inverse, *inputs, *ctx.options, *needs)
     d_query, d_key, d_value, d_gain, d_mask = gradients
     return d_query, d_key, d_value, d_mask if needs_d_mask else None, d_gain if needs_d_gain else None, *(None,) * 5
 

@@ -3,55 +3,61 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from torch import Tensor
+import torch
 
-# The second-level cache of a core: of 0.5 to 8 MiB, 2 to 4 were best where that had 2.
+# Of a block, for each thread that shares its kernels: 1 to 4 MiB were best where a core's second-level cache had 2.
 BLOCK_BYTES = 2 << 20
-# A head whose A is larger makes it twice instead of keeping it: memory stays O(N).
+# A head's A that is no larger is one block: one product of all rows is faster than several that stay in the cache. A
+# backward works on a block of dA beside it.
+WHOLE_BYTES = {"forward": 16 << 20, "backward": 4 << 20}
+# Of A, at a time. What finds no room is made twice instead of being kept: memory stays O(N).
 KEPT_BYTES = 64 << 20
 # Products of fewer rows are too thin to be fast.
 LEAST_ROWS = 16
-# Blocks of rows in a causal sweep, which wastes half a block of each.
-CAUSAL_BLOCKS = 16
+# Blocks of rows in a causal sweep, which wastes half a block of each; rows and bytes that suffice however long it is.
+CAUSAL_BLOCKS = 8
+CAUSAL_ROWS = 256
+CAUSAL_BLOCK_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """heads: how many are worked on together; rows: of A in one block; keeps: whether all blocks of a box are kept."""
+    """heads: how many are worked on together; rows: of A in one block; kept: how many blocks of a box are kept.
+
+    The last block of a box needs no room of its own. Others that find none are made again when they are needed again.
+    """
 
     tokens: int
     heads: int
     rows: int
-    keeps: bool
+    kept: int
 
     @property
     def block_size(self) -> int:
         """Numbers in one block of A, [heads, rows, tokens]."""
         return self.heads * self.rows * self.tokens
 
-    @property
-    def kept_size(self) -> int:
-        """Numbers in what is kept of A: all blocks, or one."""
-        return self.heads * self.tokens * self.tokens if self.keeps else self.block_size
-
     def row_blocks(self) -> list[slice]:
         """The rows of A, block by block."""
         return [slice(start, min(start + self.rows, self.tokens)) for start in range(0, self.tokens, self.rows)]
 
-    def place(self, buffer: Tensor, rows: slice) -> Tensor:
-        """Where the block of these rows lies in the buffer of what is kept."""
-        return buffer[self.heads * self.tokens * rows.start :] if self.keeps else buffer
 
-
-def plan(heads: int, tokens: int, element_size: int, *, is_causal: bool) -> Plan:
-    """The cut for so many heads, with element_size bytes for each number of A."""
-    row_bytes = max(1, tokens) * element_size
-    rows = max(LEAST_ROWS, BLOCK_BYTES // row_bytes // LEAST_ROWS * LEAST_ROWS)
+def plan(heads: int, tokens: int, element_size: int, *, is_causal: bool, direction: str) -> Plan:
+    """The cut for so many heads, with element_size bytes for each number of A. direction: forward or backward."""
+    threads, row_bytes = torch.get_num_threads(), max(1, tokens) * element_size
+    most_bytes = CAUSAL_BLOCK_BYTES if is_causal else BLOCK_BYTES
+    rows = max(LEAST_ROWS, most_bytes // row_bytes // LEAST_ROWS * LEAST_ROWS)
     if is_causal:
-        rows = min(rows, max(LEAST_ROWS, -(-tokens // CAUSAL_BLOCKS)))
+        rows = min(rows, CAUSAL_ROWS, max(LEAST_ROWS, -(-tokens // CAUSAL_BLOCKS)))
+    elif tokens * row_bytes <= WHOLE_BYTES[direction]:
+        rows = tokens
     rows = max(1, min(rows, tokens))
-    together = max(1, min(heads, BLOCK_BYTES // (rows * row_bytes)))
-    return Plan(tokens, together, rows, keeps=not is_causal and tokens * row_bytes <= KEPT_BYTES)
+    block_bytes = rows * row_bytes
+    # A head for each thread, if there is room.
+    together = max(BLOCK_BYTES * threads // block_bytes, min(threads, KEPT_BYTES // block_bytes))
+    together = max(1, min(together, heads))
+    kept = 0 if is_causal else min(-(-tokens // rows) - 1, KEPT_BYTES // (together * block_bytes))
+    return Plan(tokens, together, rows, kept)
 
 
 @dataclass(frozen=True)

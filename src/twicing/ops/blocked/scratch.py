@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 # What a thread keeps. What a call needs beyond it is allocated, and given back after it.
-KEPT_BYTES = 16 << 20
+KEPT_BYTES = 32 << 20
 ALIGNMENT = 64
 
 _of_this_thread = threading.local()

@@ -5,16 +5,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from twicing.ops.blocked.plan import KEPT_BYTES, Box, boxes, plan
+from twicing.ops.blocked.plan import Box, boxes, plan
 from twicing.ops.blocked.weights import Dropout, Heads
-
-# Tokens from which on threads of ours share the heads. Below, torch's own share each kernel: after every other kernel
-# of a model its idle ones go on spinning for a while, and would take the cores from ours for most of a short call.
-WORTH_THREADS = 512
 
 
 class Walk:
-    """A call of the operator, whose arguments these are. count: its heads, B H."""
+    """A call of the operator, whose arguments these are, forward or backward. count: its heads, B H."""
 
     def __init__(
         self,
@@ -27,6 +23,7 @@ class Walk:
         dropout_p: float,
         is_causal: bool,
         scale: float,
+        direction: str,
     ):
         self.batch, self.heads, self.tokens, _ = query.shape
         self.count = self.batch * self.heads
@@ -38,24 +35,16 @@ class Walk:
         self.gain_and_one, self.minus_gain = 1.0 + self.gain, -self.gain
         self.dropout = None if seed is None else Dropout(dropout_p, int(seed.item()))
         self.is_causal, self.scale = is_causal, scale
-        self.plan = plan(self.count, self.tokens, self.dtype.itemsize, is_causal=is_causal)
+        size = self.count, self.tokens, self.dtype.itemsize
+        self.plan = plan(*size, is_causal=is_causal, direction=direction)
 
     def empty(self, width: int) -> Tensor:
         """Room for a result of every head, [B H, N, width]."""
         return torch.empty(self.count, self.tokens, width, dtype=self.dtype)
 
-    def threads(self) -> int:
-        """How many threads of ours share the boxes: as many as torch uses, or 1, where torch's share each kernel."""
-        most = min(torch.get_num_threads(), self.count)
-        if self.tokens < WORTH_THREADS or most * self.plan.kept_size * self.dtype.itemsize > KEPT_BYTES:
-            return 1
-        return most
-
-    def boxes(self, threads: int) -> Iterator[Box]:
-        """Every box of heads, small enough that each thread gets some."""
-        if self.count * self.tokens == 0:
-            return iter(())
-        return boxes(self.batch, self.heads, min(self.plan.heads, -(-self.count // threads)))
+    def boxes(self) -> Iterator[Box]:
+        """Every box of heads."""
+        return boxes(self.batch, self.heads, self.plan.heads) if self.count * self.tokens else iter(())
 
     def heads_of(self, box: Box) -> Heads:
         """What the heads of a box are computed from."""

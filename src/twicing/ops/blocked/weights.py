@@ -79,24 +79,27 @@ class Heads:
         size = (self.query.shape[0], rows.stop - rows.start, self.columns(rows).stop)
         return buffer[: size[0] * size[1] * size[2]].view(size)
 
-    def weights(self, block: Tensor, rows: slice, shift: Tensor | None = None) -> Tensor:
+    def weights(self, block: Tensor, rows: slice, shift: Tensor | None) -> Tensor:
         """P = exp(S - shift) in the block, S = scale Q K^T + mask."""
-        self.scores(block, rows)
+        self._scores(block, rows)
         if shift is not None and shift.any():
             block.sub_(shift)
-        return block.exp_()
+        # What is forbidden is zeroed after and not set to -inf before, of which exp would take twice as long.
+        block.exp_()
+        if self.is_causal:
+            block[:, :, rows].tril_()
+        return self._forbidden_filled(block, rows, 0.0)
 
     def largest_score(self, block: Tensor, rows: slice, out: Tensor) -> Tensor:
         """The maximum of every row of S, [G, rows, 1]: the shift with which nothing overflows. Uses up the block."""
-        torch.amax(self.scores(block, rows), -1, keepdim=True, out=out)
+        self._forbidden_filled(self._scores(block, rows), rows, NEGATIVE_INFINITY)
+        if self.is_causal:
+            size = rows.stop - rows.start
+            future = torch.ones(size, size, dtype=torch.bool).triu_(1)
+            block[:, :, rows].masked_fill_(future, NEGATIVE_INFINITY)
+        torch.amax(block, -1, keepdim=True, out=out)
         # A row that may attend to nothing: exp(-inf - 0) is zero, exp(-inf + inf) would be NaN.
         return out.masked_fill_(out == NEGATIVE_INFINITY, 0.0)
-
-    def scores(self, block: Tensor, rows: slice) -> Tensor:
-        """S in the block."""
-        key = rows_of(self.key, self.columns(rows))
-        torch.baddbmm(block, rows_of(self.query, rows), key.mT, beta=0, alpha=self.scale, out=block)
-        return self._masked(block, rows)
 
     def kept(self, buffer: Tensor, rows: slice) -> Tensor:
         """1 where dropout keeps a weight of these rows and 0 elsewhere."""
@@ -111,17 +114,16 @@ class Heads:
         """A block [G, rows, columns] as [b, h, rows, columns], to meet a mask."""
         return block.view(*self.box_shape, *block.shape[1:])
 
-    def _masked(self, block: Tensor, rows: slice) -> Tensor:
-        """The scores with -inf where the order or the mask forbids to attend, and an additive mask added."""
-        if self.is_causal:
-            size = rows.stop - rows.start
-            future = torch.ones(size, size, dtype=torch.bool).triu_(1)
-            block[:, :, rows].masked_fill_(future, NEGATIVE_INFINITY)
-        if self.attn_mask is None:
-            return block
-        mask = self.mask_rows(self.attn_mask, rows)
-        if mask.dtype == torch.bool:
-            self.by_entry(block).masked_fill_(~mask, NEGATIVE_INFINITY)
-        else:
-            self.by_entry(block).add_(mask)
+    def _scores(self, block: Tensor, rows: slice) -> Tensor:
+        """S in the block, with scores of the forbidden pairs too."""
+        key = rows_of(self.key, self.columns(rows))
+        torch.baddbmm(block, rows_of(self.query, rows), key.mT, beta=0, alpha=self.scale, out=block)
+        if self.attn_mask is not None and self.attn_mask.dtype != torch.bool:
+            self.by_entry(block).add_(self.mask_rows(self.attn_mask, rows))
+        return block
+
+    def _forbidden_filled(self, block: Tensor, rows: slice, filling: float) -> Tensor:
+        """The block with what a boolean mask forbids filled."""
+        if self.attn_mask is not None and self.attn_mask.dtype == torch.bool:
+            self.by_entry(block).masked_fill_(~self.mask_rows(self.attn_mask, rows), filling)
         return block
