@@ -91,6 +91,17 @@ def test_a_text_that_is_not_there_leaves_no_folder(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_pipe_that_broke_in_the_work_is_told(run, monkeypatch):
+    def broken(*_):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr("twicing.cli._print_environment", broken)
+    done = run("env")
+    assert done.returncode == 1
+    assert done.stderr.startswith("twicing: another process ended too early")
+    assert done.stderr.count("\n") == 1
+
+
 def test_a_missing_package_is_one_sentence():
     code = "import sys; sys.modules['tyro'] = None; import twicing.cli"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

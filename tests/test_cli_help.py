@@ -8,6 +8,7 @@ from itertools import pairwise, takewhile
 import pytest
 
 from twicing.cli import BENCHES, COMMANDS
+from twicing.version import __version__
 
 HELP = [[], *([name] for name in COMMANDS), *(["bench", name] for name in BENCHES)]
 BOX = "│ "
@@ -93,16 +94,19 @@ def test_values_are_called_by_words(shown):
     assert "[MODEL ...]" in shown("analyze")[0] or "MODEL ..." in shown("analyze")[0]
 
 
-def test_a_wrong_value_is_told_with_its_help(type_in):
-    done = type_in("compare", "digits", "--layers", "--seeds", "two", "--jobs", "None")
-    assert done.returncode == 2
-    assert "--seeds" in done.stderr
-    assert "\ue000" not in done.stderr
+def test_without_a_command_it_is_the_help(type_in, shown):
+    assert type_in().stdout.splitlines() == shown()
 
 
-def test_a_reader_that_has_enough_ends_it_without_a_traceback():
+def test_the_version_is_told(type_in):
+    done = type_in("--version")
+    assert (done.returncode, done.stdout) == (0, f"twicing {__version__}\n")
+
+
+@pytest.mark.parametrize("arguments", [["compare", "--help"], ["env"]], ids=" ".join)
+def test_a_reader_that_has_enough_ends_it_without_a_traceback(arguments):
     process = subprocess.Popen(
-        [sys.executable, "-m", "twicing", "compare", "--help"],
+        [sys.executable, "-m", "twicing", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

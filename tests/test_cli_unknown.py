@@ -19,6 +19,9 @@ import pytest
         (["bench", "op"], "bench has no 'op': did you mean 'ops'? Known are 'ops', 'decode', 'model', 'linear'."),
         (["compar", "digits"], "unknown command 'compar': did you mean 'compare'? Known are 'diagnose', 'compare', "),
         (["train", "digits", "more"], "train does not take 'more': see twicing train --help."),
+        (["bench", "ops", "more"], "bench ops does not take 'more': see twicing bench ops --help."),
+        # tyro would take 5 for the recipe.
+        (["compare", "--controls=5"], "--controls takes no value: leave out '=5'. See twicing compare --help."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

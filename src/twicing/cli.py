@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import shlex
 import sys
@@ -19,13 +20,15 @@ except ModuleNotFoundError as error:
     raise SystemExit(f"twicing: the commands need {error.name}, which is missing: pip install 'twicing[lab]'") from None
 
 from twicing.cli_help import SUBCOMMANDS, Wrapped, subcommands
-from twicing.cli_unknown import unknown_word
+from twicing.cli_unknown import typed_command, unknown_word
+from twicing.cli_values import wrong_value
 from twicing.experiments.analyze.options import Analyze
 from twicing.experiments.bench.linear_options import LinearOptions
 from twicing.experiments.bench.options import DecodeOptions, ModelOptions, OpsOptions
 from twicing.experiments.diagnose.options import Diagnose
 from twicing.experiments.evaluate.options import Evaluate
 from twicing.experiments.theory.options import TheoryOptions
+from twicing.version import __version__
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -157,17 +160,15 @@ COMMANDS: dict[str, type] = {
     "bench": Bench,
     "env": Env,
 }
+# The commands of a command.
+PARTS = {"bench": BENCHES}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `twicing` command."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        _run(_read(given), shlex.join(["twicing", *given]))
-    except BrokenPipeError:
-        # Whoever reads the output, as in `twicing compare --help | head`, has enough. Nothing is left to be flushed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        _run(_read(given or ["--help"]), shlex.join(["twicing", *given]))
     except KeyboardInterrupt:
         print("\nStopped. What is finished is kept; the same command goes on from there.", file=sys.stderr)
         raise SystemExit(130) from None
@@ -175,6 +176,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"twicing: {error.name} is missing: pip install 'twicing[lab]'") from None
     except (ValueError, ImportError) as error:
         raise SystemExit(f"twicing: {error}") from None
+    except BrokenPipeError:
+        # Not the one to our reader, as in `twicing env | head`: rich's console ends that quietly.
+        raise SystemExit(
+            "twicing: another process ended too early, perhaps for lack of memory: give the same command again."
+        ) from None
     except OSError as error:
         where = f" {error.filename}" if error.filename else ""
         raise SystemExit(
@@ -184,13 +190,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _read(given: list[str]) -> Command:
     """The command that was typed, with its options. What is misspelt ends the program with code 2, as tyro does."""
-    wrong = unknown_word(COMMANDS, given, {"bench": BENCHES})
+    if given[0] == "--version":
+        print(f"twicing {__version__}")
+        raise SystemExit(0)
+    wrong = unknown_word(COMMANDS, given, PARTS)
     if not wrong:
-        with redirect_stdout(Wrapped(sys.stdout)), redirect_stderr(Wrapped(sys.stderr)):
-            command, left_over = tyro.cli(
+        refusal = io.StringIO()
+        try:
+            command, left_over = _parsed(given, refusal)
+        except SystemExit as end:
+            wrong = wrong_value(COMMANDS, given, PARTS) if end.code else ""
+            if not wrong:
+                print(refusal.getvalue(), file=sys.stderr, end="")
+                raise
+        else:
+            if not left_over:
+                return command
+            name = typed_command(COMMANDS, given, PARTS).name
+            wrong = f"{name} does not take {left_over[0]!r}: see twicing {name} --help."
+    print(f"twicing: {wrong}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _parsed(given: list[str], refusal: io.StringIO) -> tuple[Command, list[str]]:
+    """What tyro makes of the words, and the words that it could not use. It exits after its help or a refusal."""
+    try:
+        with redirect_stdout(Wrapped(sys.stdout)), redirect_stderr(Wrapped(refusal)):
+            return tyro.cli(
                 subcommands(COMMANDS, given),
                 prog="twicing",
-                description="Twicing Attention and its relatives: fair comparisons from the command line.",
+                description="Twicing Attention and its relatives: fair comparisons from the command line. "
+                "`twicing --version` prints the version.",
                 args=given,
                 return_unknown_args=True,
                 # --shapes, not --what.shapes; an option is left out, not given as None
@@ -201,11 +231,10 @@ def _read(given: list[str]) -> Command:
                     tyro.conf.PositionalMetavarFromFieldName,
                 ),
             )
-        if not left_over:
-            return command
-        wrong = f"{given[0]} does not take {left_over[0]!r}: see twicing {given[0]} --help."
-    print(f"twicing: {wrong}", file=sys.stderr)
-    raise SystemExit(2)
+    except BrokenPipeError:
+        # Whoever reads the help, as in `twicing compare --help | head`, has enough. Nothing is left to be flushed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 def _run(command: Command, typed: str) -> None:
@@ -279,7 +308,7 @@ def _train(command: Train, console: Console, typed: str) -> None:
         resources=_resources(recipe, command, **hardware),
     )
     if not process_rank():
-        print(f"Results: {results}")
+        console.print(f"Results: {results}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _resources(recipe: AnyRecipe, command: Compare | Train, **hardware: Any) -> Resources:
