@@ -7,6 +7,7 @@ from itertools import pairwise, takewhile
 
 import pytest
 
+from twicing.adapters.layers import chosen_layers
 from twicing.cli import BENCHES, COMMANDS
 from twicing.version import __version__
 
@@ -82,6 +83,16 @@ def test_a_command_says_more_of_itself_than_of_others(shown):
     assert "Every mechanism is trained once per seed, on the same data" in alone
     assert "Every mechanism is trained once per seed" not in together
     assert "Train standard attention and other mechanisms side by side" in together
+
+
+@pytest.mark.parametrize(
+    "arguments", [["compare"], ["train"], ["diagnose"], ["analyze"], ["evaluate"], ["bench", "model"]], ids=" ".join
+)
+def test_every_form_of_layers_is_named_and_understood(shown, arguments):
+    text = " ".join(" ".join(line.strip("│ ") for line in shown(*arguments)).split())
+    forms = ("all", "10-12", "first-3", "last-3", "1,2,3")
+    assert f"counted from 1: {', '.join(forms[:-1])}, or {forms[-1]}" in text
+    assert all(chosen_layers(form, 12) for form in forms)
 
 
 def test_values_are_called_by_words(shown):

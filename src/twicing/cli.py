@@ -62,8 +62,8 @@ class Compare:
     seeds: int = 6
     """How many seeds; fewer than five can hardly show anything."""
     layers: tuple[str, ...] = ("all",)
-    """Where to put the mechanisms, counted from 1: all, 10-12, last-3, or 1,2,3. Several placements are several arms:
-    --layers 1-3 10-12 7-12 1-12."""
+    """Where to put the mechanisms, counted from 1: all, 10-12, first-3, last-3, or 1,2,3. Several placements are
+    several arms: --layers 1-3 10-12 7-12 1-12."""
     controls: bool = False
     """Add the five controls: standard for equal time, standard widened to equal multiply-adds, two attentions a block,
     smooth-more (A^2 V), and standard against standard with other seeds (the noise floor)."""
@@ -98,7 +98,7 @@ class Train:
     mechanism: str = "standard"
     """A mechanism by name, or your own by import path, as in my_pkg.my_file:MyAttention."""
     layers: str = "all"
-    """Where to put it, counted from 1: all, 10-12, last-3, or 1,2,3."""
+    """Where to put it, counted from 1: all, 10-12, first-3, last-3, or 1,2,3."""
     options: Annotated[
         tuple[str, ...], arg(metavar="NAME=VALUE", help="Options of the mechanism, as in --options gain=0.5 order=3.")
     ] = ()

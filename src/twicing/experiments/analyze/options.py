@@ -42,7 +42,7 @@ class Analyze:
     convert: str = ""
     """Show each model of timm or transformers a second time, with this mechanism in it, by name or import path."""
     layers: str = "all"
-    """Where to put it, counted from 1: all, 10-12, last-3, or 1,2,3."""
+    """Where to put it, counted from 1: all, 10-12, first-3, last-3, or 1,2,3."""
     options: Annotated[
         tuple[str, ...], arg(metavar="NAME=VALUE", help="Options of the mechanism, as in --options gain=0.5.")
     ] = ()

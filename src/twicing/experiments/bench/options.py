@@ -86,7 +86,8 @@ class ModelOptions:
     model: str = "deit_tiny_patch16_224"
     """A vision transformer of timm, by name; its weights are random."""
     layers: tuple[str, ...] = ("10-12", "7-12", "1-12")
-    """Which layers are twiced, one row each, beside the standard model."""
+    """Which layers are twiced, counted from 1: all, 10-12, first-3, last-3, or 1,2,3; one row each, beside the standard
+    model."""
     backends: tuple[str, ...] = ("auto", "sdpa")
     """What computes twicing: the first for all rows, and a row more for each other one, with the last layers."""
     dtype: str = "float32"

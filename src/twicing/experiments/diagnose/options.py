@@ -41,7 +41,7 @@ class Diagnose:
     convert: str = ""
     """Put this mechanism into the model, by name or import path, and into its random initialisation too."""
     layers: str = "all"
-    """Where to put it, counted from 1: all, 10-12, last-3, or 1,2,3."""
+    """Where to put it, counted from 1: all, 10-12, first-3, last-3, or 1,2,3."""
     options: Annotated[
         tuple[str, ...], arg(metavar="NAME=VALUE", help="Options of the mechanism, as in --options gain=0.5.")
     ] = ()

@@ -62,7 +62,7 @@ class Evaluate:
     mechanism: str = "standard"
     """Put this mechanism into a timm model, by name or import path."""
     layers: str = "all"
-    """Where to put it, counted from 1: all, 10-12, last-3, or 1,2,3."""
+    """Where to put it, counted from 1: all, 10-12, first-3, last-3, or 1,2,3."""
     options: Annotated[
         tuple[str, ...], arg(metavar="NAME=VALUE", help="Options of the mechanism, as in --options gain=0.5.")
     ] = ()
