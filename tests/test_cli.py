@@ -52,6 +52,8 @@ def test_env_prints_versions(run):
         (["compare", "--set", "evaluation.pgd_steps=0"], "steps and restarts must be 1 or more"),
         (["train", "digits", "--options", "gain=1"], "'standard' is the model as it is"),
         (["train", "digits", "--seed", "-1"], "--seed must be 0 or larger and below 2^32: got -1."),
+        (["diagnose", "deit_tiny_patch16_224", "--seed", "-1"], "--seed must be 0 or larger and below 2^32: got -1."),
+        (["theory", "--seed", "4294967296"], "--seed must be 0 or larger and below 2^32: got 4294967296."),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

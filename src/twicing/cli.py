@@ -241,6 +241,9 @@ def _run(command: Command, typed: str) -> None:
     # Imported here, so that --help and a misspelt option answer at once.
     from rich.console import Console
 
+    seed = getattr(command, "seed", 0)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"--seed must be 0 or larger and below 2^32: got {seed}.")
     console = Console()
     if isinstance(command, Env):
         _print_environment(console)

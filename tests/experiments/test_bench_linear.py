@@ -188,8 +188,9 @@ def test_peak_memory_is_that_of_the_call_and_grows_with_the_tokens():
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"lengths": ()}, r"--lengths are whole numbers of at least 16: got \(\)"),
-        ({"lengths": (64, 1)}, "--lengths are whole numbers of at least 16"),
+        ({"lengths": ()}, "--lengths are whole numbers of at least 16: got none"),
+        ({"lengths": (64, 1)}, "--lengths are whole numbers of at least 16: got 64 1"),
+        ({"softmax_up_to": -1}, "--softmax-up-to must be 0 or larger: got -1"),
         ({"heads": 0}, "--batch, --heads and --width must be 1 or larger: got 1, 0, 8"),
         ({"feature_map": "gelu"}, "Unknown feature map 'gelu'"),
         ({"dtype": "int8"}, "Unknown dtype 'int8'"),

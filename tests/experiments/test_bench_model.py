@@ -154,13 +154,14 @@ def test_a_training_step_leaves_the_timed_model_as_it_was():
         ({"model": "test_vt"}, r"timm knows no model 'test_vt': did you mean 'test_vit'\?"),
         ({"model": "12345"}, r"timm knows no model '12345': see timm.list_models"),
         ({"batch": 0}, "--batch must be 1 or larger: got 0"),
+        ({"layers": ()}, "--layers must name one choice at least"),
         ({"model": SMALL, "layers": ("99",)}, r"test_vit cannot be twiced in --layers 99: .*out of range"),
         ({"repeats": 0}, "--repeats must be 1 or larger"),
         ({"dtype": "float64"}, "bfloat16 or float16 by autocast: got float64"),
         ({"backends": ()}, "--backends must name one at least"),
         ({"model": SMALL, "layers": ("all",), "backends": ("tritn",)}, "Unknown backend 'tritn'"),
     ],
-    ids=["model", "no model", "batch", "layers", "repeats", "dtype", "no backend", "backend"],
+    ids=["model", "no model", "batch", "no layers", "layers", "repeats", "dtype", "no backend", "backend"],
 )
 def test_options_that_mean_nothing(tmp_path, changed, message):
     with pytest.raises(ValueError, match=message):

@@ -120,6 +120,7 @@ def test_on_a_console_of_rich(tmp_path, planted):
         ({"shapes": ("1x1x8x8", "1x1x99999x8")}, "1x1x99999x8 cannot be checked"),
         ({"contenders": ("dens",)}, "Unknown contender 'dens'"),
         ({"repeats": 0}, "--repeats must be 1 or larger and --seconds above 0: got 0 and 0.01"),
+        ({"shapes": ()}, "--shapes must name one at least"),
         ({"seconds": 0.0}, "--seconds above 0: got 3 and 0.0"),
         ({"threads": 0}, "--threads must be 1 or larger: got 0"),
     ],

@@ -10,6 +10,7 @@ from filelock import FileLock
 from small_comparison import SMALL, arguments, command, numbers, right, run, stamps
 
 from twicing.experiments.results import read_predictions, read_records
+from twicing.experiments.trained import trained_jobs
 
 
 @pytest.fixture(scope="module")
@@ -185,3 +186,9 @@ def test_a_folder_begun_with_other_versions_says_so(finished, tmp_path, type_in)
     done = type_in(*arguments(copy))
     assert done.returncode == 0, done.stderr
     assert 'was begun elsewhere (versions.torch: "1.0.0" there' in " ".join(done.stdout.split())
+
+
+def test_a_broken_config_is_not_to_be_deleted(tmp_path):
+    (tmp_path / "config.json").write_text("")
+    with pytest.raises(ValueError, match=r"config\.json: expected JSON, got a broken file .*: name another folder"):
+        trained_jobs(tmp_path, None)

@@ -262,6 +262,10 @@ REFUSED = {
     "device": ({"device": "tpu"}, "--device is cpu, cuda or auto: got 'tpu'"),
     "grey": ({"model_args": ("in_chans=1",)}, "leave in_chans out"),
     "both": ({"pretrained": True, "checkpoint": "x.pt"}, "two sources of the same weights"),
+    "no attention": (
+        {"model": "resnet10t"},
+        "^resnet10t has no attention layers that the library knows: there is nothing to diagnose",
+    ),
     "folder of nothing": ({"model": "."}, "is a folder without config.json: name the run folder"),
 }
 

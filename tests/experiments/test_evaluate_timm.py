@@ -442,7 +442,12 @@ def test_the_image_size_is_the_models_own():
         ({"layers": "2"}, "--layers and --options are of a mechanism: name it with --mechanism"),
         ({"options": ("gain=1",)}, "--layers and --options are of a mechanism"),
         ({"imagenet_a": Path("x")}, f"need a model of its 1000 classes: {NAME} has 3"),
-        ({"transform": "1.0"}, "crop must be one of 'papers', '0.9'"),
+        ({"model_args": (*TINY, "num_heads=0")}, f"timm cannot make {NAME} with .*'num_heads': 0"),
+        (
+            {"model": "xcit_nano_12_p8_224", "model_args": (), "checkpoint": None, "mechanism": "twicing"},
+            "^The attention of xcit_nano_12_p8_224 is not known to the library: ",
+        ),
+        ({"transform": "1.0"}, "--transform is one of papers, 0.9: got '1.0'"),
         ({"pretrained": True, "checkpoint": Path("x")}, "--pretrained and --checkpoint are two sources"),
         ({"checkpoint": Path("nowhere.pth")}, r"nowhere\.pth is no file: give --checkpoint the file"),
     ],

@@ -68,7 +68,7 @@ def compare(
 def _equal_time(recipe: AnyRecipe, arms: Sequence[Arm], folder: Path, console: Console, resources: Resources) -> float:
     """The step time of the controlled arm against standard's: measured, or as the folder's comparison measured it."""
     config = folder / CONFIG
-    found = read_json(config) if config.exists() else None
+    found = read_json(config, remedy="name another folder with --out") if config.exists() else None
     known = with_equal_time(found) if isinstance(found, dict) else None
     if known is not None:
         return known

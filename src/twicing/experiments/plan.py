@@ -126,7 +126,7 @@ def open_folder(
     """
     path = folder / CONFIG
     if path.exists():
-        found = read_json(path)
+        found = read_json(path, remedy="name another folder with --out")
         if not isinstance(found, dict):
             raise ValueError(f"{path} is not of a comparison: name another folder with --out.")
         difference = first_difference(found, plan.identity())

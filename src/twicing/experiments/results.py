@@ -88,17 +88,15 @@ def write_json(path: Path, value: Any) -> None:
     replace_file(path, lambda file: file.write(f"{text}\n".encode()))
 
 
-def read_json(path: Path) -> Any:
-    """Read one JSON value, such as `write_json` wrote.
+def read_json(path: Path, *, remedy: str = "delete it and run the same command again") -> Any:
+    """Read one JSON value, such as `write_json` wrote. remedy: what to do where the file is broken.
 
     Raises ValueError, naming the file and the remedy, where it is no JSON; FileNotFoundError where it is not there.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: expected JSON, got a broken file ({error}): delete it and run the same command again."
-        ) from error
+        raise ValueError(f"{path}: expected JSON, got a broken file ({error}): {remedy}.") from error
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:

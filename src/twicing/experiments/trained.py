@@ -19,7 +19,7 @@ def trained_jobs(run: Path, data_dir: Path | None) -> tuple[list[Job], list[str]
     data_dir: where the recipe's data are now; by default where they were.
     Raises ValueError where the folder is of something else or another version, or holds no trained model.
     """
-    config = read_json(run / CONFIG)
+    config = read_json(run / CONFIG, remedy="name another folder")
     if isinstance(config, dict) and "model_type" in config:
         raise ValueError(
             f"{run} is a folder of transformers, and no run folder of compare or train: diagnose and analyze take it."
@@ -28,7 +28,9 @@ def trained_jobs(run: Path, data_dir: Path | None) -> tuple[list[Job], list[str]
         recipe = _rebuilt(find_any_recipe(config["recipe_name"]), config["recipe"])
         plan = Plan(recipe, tuple(Arm(**arm) for arm in config["arms"]), tuple(config["seeds"]))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{run / CONFIG} is not of a comparison or training of this version ({error!r}).") from error
+        raise ValueError(
+            f"{run / CONFIG} is not of a comparison or training of this version ({error!r}): name another folder."
+        ) from error
     wanted = {key: value for key, value in plan.identity().items() if key in ("recipe", "arms", "seeds")}
     difference = first_difference(config, wanted)
     if difference:

@@ -15,7 +15,7 @@ from torch import Tensor
 from twicing.experiments.bench.cases import parse_device, parse_dtype
 from twicing.experiments.bench.options import DecodeOptions
 from twicing.experiments.bench.rows import MEASURED, DecodeRow, Row, Timed, timed
-from twicing.experiments.bench.run import check_effort, record, record_name, threads
+from twicing.experiments.bench.run import check_effort, check_numbers, record, record_name, threads
 from twicing.experiments.bench.screen import Screen
 from twicing.experiments.bench.timing import interleaved
 from twicing.ops.attention import twicing_attention
@@ -95,8 +95,7 @@ def bench_decode(options: DecodeOptions, screen: Screen) -> bool:
 def _caches(options: DecodeOptions) -> list[Cache]:
     dtype, device = parse_dtype(options.dtype), parse_device(options.device)
     for name in ("lengths", "groups"):
-        if not getattr(options, name) or min(getattr(options, name)) < 1:
-            raise ValueError(f"--{name} are whole numbers of at least 1: got {getattr(options, name)}.")
+        check_numbers(name, getattr(options, name), least=1)
     if min(options.batch, options.heads, options.width) < 1:
         raise ValueError(
             f"--batch, --heads and --width must be 1 or larger: got {options.batch}, {options.heads}, {options.width}."

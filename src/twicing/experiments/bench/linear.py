@@ -17,7 +17,7 @@ from twicing.experiments.bench.linear_growth import LINEAR, TWICED, growth_table
 from twicing.experiments.bench.linear_options import LinearOptions
 from twicing.experiments.bench.memory import Measurement, one_call, peak_growth
 from twicing.experiments.bench.rows import MEASURED, OpsRow, Row, Timed, ops_row, timed
-from twicing.experiments.bench.run import check_effort, record, record_name, threads
+from twicing.experiments.bench.run import check_effort, check_numbers, record, record_name, threads
 from twicing.experiments.bench.screen import Screen
 from twicing.experiments.bench.timing import Spread, interleaved
 from twicing.ops.boost import boost
@@ -71,8 +71,9 @@ def _linear(order: int, feature_map: str, query: Tensor, key: Tensor, value: Ten
 def _cases(options: LinearOptions) -> list[Case]:
     dtype, device = parse_dtype(options.dtype), parse_device(options.device)
     find_feature_map(options.feature_map)
-    if not options.lengths or min(options.lengths) < LEAST_TOKENS:
-        raise ValueError(f"--lengths are whole numbers of at least {LEAST_TOKENS}: got {options.lengths}.")
+    check_numbers("lengths", options.lengths, least=LEAST_TOKENS)
+    if options.softmax_up_to < 0:
+        raise ValueError(f"--softmax-up-to must be 0 or larger: got {options.softmax_up_to}.")
     if min(options.batch, options.heads, options.width) < 1:
         raise ValueError(
             f"--batch, --heads and --width must be 1 or larger: got {options.batch}, {options.heads}, {options.width}."

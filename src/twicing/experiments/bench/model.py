@@ -56,6 +56,8 @@ def bench_model(options: ModelOptions, screen: Screen) -> bool:
             raise ValueError(f"Unknown backend {backend!r}: {listed(backend, ['auto', *BACKENDS])}")
     if options.batch < 1:
         raise ValueError(f"--batch must be 1 or larger: got {options.batch}.")
+    if not options.layers:
+        raise ValueError("--layers must name one choice at least, as in --layers 10-12 all.")
     if not options.backends:
         raise ValueError("--backends must name one at least, as in --backends auto sdpa.")
     device, dtype = parse_device(options.device), parse_dtype(options.dtype)

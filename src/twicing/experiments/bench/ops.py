@@ -26,6 +26,8 @@ def bench_ops(options: OpsOptions, screen: Screen) -> bool:
     Raises ValueError for options that mean nothing.
     """
     check_effort(options.repeats, options.seconds)
+    if not options.shapes:
+        raise ValueError("--shapes must name one at least, as in --shapes 32x3x197x64.")
     dtype, device = parse_dtype(options.dtype), parse_device(options.device)
     cases = [parse_case(shape, dtype, device) for shape in options.shapes]
     for case in cases:

@@ -31,6 +31,13 @@ def check_effort(repeats: int, seconds: float) -> None:
         raise ValueError(f"--repeats must be 1 or larger and --seconds above 0: got {repeats} and {seconds}.")
 
 
+def check_numbers(option: str, numbers: Sequence[int], *, least: int) -> None:
+    """Raise where there are none, or one is too small."""
+    if not numbers or min(numbers) < least:
+        got = " ".join(map(str, numbers)) or "none"
+        raise ValueError(f"--{option} are whole numbers of at least {least}: got {got}.")
+
+
 def record(groups: Iterable[Sequence[Row]], path: Path, device: torch.device, screen: Screen) -> tuple[list[Row], bool]:
     """Show each group of rows as it is finished, and keep all of them in the CSV at `path`.
 

@@ -4,6 +4,7 @@ import dataclasses
 
 from torch import nn
 
+from twicing.adapters.surgery import find_sites
 from twicing.experiments.cases.case import Case, drawn, follow
 from twicing.experiments.cases.inputs import Wanted, picture_inputs
 from twicing.experiments.evaluate.options import Evaluate
@@ -28,6 +29,8 @@ def timm_case(asked: Evaluate, wanted: Wanted, purpose: str) -> Case:
         drawn(seed, lambda: follow(model, subject.build()))
         return model.eval()
 
+    if not find_sites(subject.build()):
+        raise ValueError(f"{asked.model} has no attention layers that the library knows: there is nothing {purpose}.")
     inputs = picture_inputs(wanted, subject.image_size)
     return Case(
         label=subject.label,

@@ -37,6 +37,14 @@ def timm_subject(options: Evaluate) -> Subject:
     one that the weights were trained with, and both --pretrained and --checkpoint.
     """
     _check_name(options.model)
+    try:
+        return _subject(options)
+    except ValueError as error:
+        # The class around timm's model is ours: whoever typed a name knows that alone.
+        raise ValueError(str(error).replace(PixelModel.__name__, options.model)) from error
+
+
+def _subject(options: Evaluate) -> Subject:
     if options.pretrained and options.checkpoint:
         raise ValueError("--pretrained and --checkpoint are two sources of the same weights: give one of them.")
     weights = read_weights(options.checkpoint) if options.checkpoint else None
@@ -139,7 +147,7 @@ def _network(options: Evaluate) -> tuple[nn.Module, Sequence[float], Sequence[fl
             f"timm has no weights of {options.model} in its cache and could not download them: give --checkpoint FILE, "
             "or try again where there is a network."
         ) from error
-    except (TypeError, AssertionError, RuntimeError) as error:
+    except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"timm cannot make {options.model} with {arguments or 'its defaults'}: {error}") from error
     pixels = resolve_model_data_config(network)
     return network, pixels["mean"], pixels["std"]

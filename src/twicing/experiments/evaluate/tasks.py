@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from twicing.data.images import FolderImages, Images
 from twicing.data.shifted import IMAGENET_C_SIDE, ClassSubset, imagenet_c, imagenet_c_folders, plain_set, subset
-from twicing.data.transforms import test_transform
+from twicing.data.transforms import SHARES, test_transform
 from twicing.experiments.evaluate import bench as on
 from twicing.experiments.evaluate.options import ATTACKS, Evaluate
 from twicing.experiments.evaluate.pretrained import IMAGENET_CLASSES, imagenet_synsets
@@ -182,26 +183,20 @@ def _check(options: Evaluate, subject: Subject) -> None:
     for kind in options.corruptions:
         if kind != GENERATE_ALL and kind not in CORRUPTIONS:
             raise ValueError(f"unknown corruption {kind!r}: {listed(kind, [GENERATE_ALL, *CORRUPTIONS])}")
-    sizes = [Threat(eps).eps for eps in options.eps]
+    sizes = [_size(eps, "--eps") for eps in options.eps]
     if any(low >= high for low, high in pairwise(sizes)) or 0 in sizes:
         raise ValueError(f"--eps are sizes above 0, each larger than the one before: got {' '.join(options.eps)}.")
-    if options.verdict_eps is not None and Threat(options.verdict_eps).eps == 0:
+    if options.verdict_eps is not None and _size(options.verdict_eps, "--verdict-eps") == 0:
         raise ValueError("--verdict-eps is a size above 0: got 0.")
+    if options.transform not in SHARES:
+        raise ValueError(f"--transform is one of {', '.join(SHARES)}: got {options.transform!r}.")
     for sd in options.noise:
         if as_fraction(sd, "--noise") <= 0:
             raise ValueError(f"--noise are standard deviations above 0: got {sd}.")
-    counts = {
-        "--images": options.images + 1,
-        "--verdict-images": options.verdict_images,
-        "--batch-size": options.batch_size,
-        "--pgd-steps": options.pgd_steps,
-        "--pgd-restarts": options.pgd_restarts,
-        "--spsa-iterations": options.spsa_iterations,
-        "--spsa-samples": options.spsa_samples,
-    }
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name} is too small: got {count - (name == '--images')}.")
+    counts = ("verdict_images", "batch_size", "pgd_steps", "pgd_restarts", "spsa_iterations", "spsa_samples")
+    for name, least in {"images": 0, **dict.fromkeys(counts, 1)}.items():
+        if (count := getattr(options, name)) < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be {least} or larger: got {count}.")
     if options.imagenet_c_kinds and options.imagenet_c is None:
         raise ValueError("--imagenet-c-kinds are of --imagenet-c: name its folder.")
     if options.corruptions and subject.image_size < SMALLEST_SIDE:
@@ -209,6 +204,13 @@ def _check(options: Evaluate, subject: Subject) -> None:
             f"the generated corruptions are for images of {SMALLEST_SIDE} pixels or more, and {subject.label} takes "
             f"{subject.image_size}: leave --corruptions out."
         )
+
+
+def _size(eps: str, option: str) -> Fraction:
+    try:
+        return Threat(eps).eps
+    except ValueError as error:
+        raise ValueError(f"{option} {eps}: {error}") from error
 
 
 def _check_equal_numbers(by_kind: Mapping[str, Mapping[int, FolderImages]]) -> None:
