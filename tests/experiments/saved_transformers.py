@@ -4,6 +4,8 @@ import json
 
 import torch
 
+# The longest window that the Llama takes.
+TOKENS = 16
 WORDS = [
     "[UNK]",
     "[CLS]",
@@ -39,7 +41,7 @@ def save_tokenizer(folder, special):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(folder)
 
 
-def save_llama(hf, folder, tokens):
+def save_llama(hf, folder):
     """A Llama with grouped queries, saved with its language head, in half precision."""
     config = hf.LlamaConfig(
         vocab_size=len(WORDS),
@@ -48,7 +50,7 @@ def save_llama(hf, folder, tokens):
         num_hidden_layers=3,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=tokens,
+        max_position_embeddings=TOKENS,
     )
     torch.manual_seed(3)
     hf.LlamaForCausalLM(config).bfloat16().save_pretrained(folder)

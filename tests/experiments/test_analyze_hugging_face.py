@@ -1,6 +1,5 @@
 """twicing analyze on folders of transformers: text with and without a next word, pictures, and what is refused."""
 
-import importlib
 import io
 import json
 from dataclasses import replace
@@ -9,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
-from saved_transformers import save_bert, save_llama, save_tokenizer, save_vit
+from saved_transformers import TOKENS, save_bert, save_tokenizer, save_vit
 
 from twicing.adapters.surgery import convert, spec
 from twicing.experiments.analyze import run as run_module
@@ -19,22 +18,7 @@ from twicing.experiments.analyze.run import run
 from twicing.experiments.analyze.subjects import looked_at
 from twicing.experiments.cases.hugging_face import NextToken
 
-TOKENS, COUNT = 16, 4
-
-
-@pytest.fixture(scope="module")
-def hf():
-    """transformers, with torchvision's import mended."""
-    try:
-        importlib.import_module("twicing.adapters.transformers")
-    except ImportError:
-        pytest.skip("needs transformers: pip install 'twicing[hf]'")
-    return importlib.import_module("transformers")
-
-
-@pytest.fixture(scope="module")
-def llama(hf, tmp_path_factory):
-    return save_llama(hf, tmp_path_factory.mktemp("hf") / "tiny-llama", TOKENS)
+COUNT = 4
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,12 @@
 """twicing diagnose on folders of transformers: text and pictures, converted or not, and what is refused."""
 
-import importlib
 import json
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
-from saved_transformers import save_bert, save_llama, save_tokenizer, save_vit
+from saved_transformers import TOKENS, save_bert, save_tokenizer, save_vit
 
 from twicing.adapters.surgery import convert, spec
 from twicing.analysis.capture import BLOCK_OUTPUT
@@ -17,22 +16,7 @@ from twicing.experiments.diagnose.diagnosis import diagnose_case
 from twicing.experiments.diagnose.options import Diagnose
 from twicing.experiments.diagnose.run import run
 
-WINDOWS, TOKENS = 5, 16
-
-
-@pytest.fixture(scope="module")
-def hf():
-    """transformers, with torchvision's import mended."""
-    try:
-        importlib.import_module("twicing.adapters.transformers")
-    except ImportError:
-        pytest.skip("needs transformers: pip install 'twicing[hf]'")
-    return importlib.import_module("transformers")
-
-
-@pytest.fixture(scope="module")
-def llama(hf, tmp_path_factory):
-    return save_llama(hf, tmp_path_factory.mktemp("hf") / "tiny-llama", TOKENS)
+WINDOWS = 5
 
 
 @pytest.fixture(scope="module")
