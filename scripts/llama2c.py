@@ -20,6 +20,7 @@ mend_torchvision_import()
 from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 HEADER = struct.Struct("7i")
+TOKEN = struct.Struct("fi")
 UNKNOWN, BEGIN, END = 0, 1, 2
 # Tokens 3 to 258 are the single bytes.
 FIRST_BYTE = 3
@@ -31,6 +32,8 @@ def read_model(path: Path) -> LlamaForCausalLM:
     if len(data) < HEADER.size:
         raise ValueError(f"{path} must start with a header of {HEADER.size} bytes: it has {len(data)}.")
     width, hidden, layers, heads, kv_heads, vocabulary, context = HEADER.unpack_from(data)
+    if min(width, hidden, layers, heads, kv_heads, abs(vocabulary), context) < 1 or width % heads:
+        raise ValueError(f"{path} is no model in llama2.c's format: its header says {HEADER.unpack_from(data)}.")
     config = LlamaConfig(
         hidden_size=width,
         intermediate_size=hidden,
@@ -45,25 +48,33 @@ def read_model(path: Path) -> LlamaForCausalLM:
         eos_token_id=END,
         pad_token_id=UNKNOWN,
     )
+    # First, as a header that is none may ask for more memory than there is.
+    weights = _weights(data, config, path)
     model = LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        for target, weights in zip(_places(model), _weights(data, config, path), strict=False):
-            target.copy_(weights)
+        for target, source in zip(_places(model), weights, strict=False):
+            target.copy_(source)
     return model
 
 
 class Tokenizer:
-    """The tokens of a tok*.bin: pairs are merged by the highest score, within words, as SentencePiece does it."""
+    """The tokens of a tok*.bin: pairs are merged by the highest score, within words, as SentencePiece does it.
+
+    Raises ValueError where the file breaks off.
+    """
 
     def __init__(self, path: Path) -> None:
         data, at = path.read_bytes(), 4
         self.pieces: list[bytes] = []
         self.scores: list[float] = []
         while at < len(data):
-            score, length = struct.unpack_from("fi", data, at)
-            self.pieces.append(data[at + 8 : at + 8 + length])
+            start = at + TOKEN.size
+            score, length = TOKEN.unpack_from(data, at) if start <= len(data) else (0.0, -1)
+            if not 0 <= length <= len(data) - start:
+                raise ValueError(f"{path} must hold whole tokens, as llama2.c writes them: it breaks off at byte {at}.")
+            self.pieces.append(data[start : start + length])
             self.scores.append(score)
-            at += 8 + length
+            at = start + length
         self.numbers = {piece: number for number, piece in reversed(list(enumerate(self.pieces)))}
         self._words: dict[str, list[int]] = {}
 

@@ -9,10 +9,12 @@ FOLDER holds a model of transformers with its tokenizer, or one in llama2.c's fo
 
 import copy
 import json
+import math
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +30,14 @@ from torch import Tensor, nn
 
 import twicing
 import twicing.adapters.transformers
+from twicing.experiments.cases.windows import read_text
+from twicing.experiments.results import read_rows
 from twicing.experiments.statistics import PairedDifference, paired_difference
 
 STANDARD, SECONDS, RETROFIT = "standard, equal steps", "standard, equal seconds", "twicing, gain learned from 0"
 ARMS = (RETROFIT, STANDARD, SECONDS)
+COLUMNS = ("arm", "steps", "processor seconds", "loss before", "loss after", "twicing - this arm")
+GAIN_COLUMNS = ("layer", "gain of each head, mean over seeds (standard deviation)")
 # What may change from one start to the next.
 FREE = ("out", "seeds", "threads")
 
@@ -83,11 +89,33 @@ class Result:
     gains: dict[int, list[float]]
 
 
+def command(arguments: Sequence[str] | None = None) -> int | str:
+    """What was typed, done. Returns what sys.exit() takes: a code, or what was wrong in one sentence."""
+    try:
+        main(tyro.cli(Options, args=arguments))
+    except KeyboardInterrupt:
+        Console(stderr=True).print("\nStopped. Finished fine-tunings are kept; the same command goes on from there.")
+        return 130
+    except ValueError as error:
+        return f"retrofit: {error}"
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        return f"retrofit: cannot read or write{where} ({error.strerror or error})."
+    return 0
+
+
 def main(options: Options) -> list[Result]:
-    """Fine-tune every arm for every seed, print what came of it, and write it to results.jsonl and results.md."""
+    """Fine-tune every arm for every seed, print what came of it, and write it to results.jsonl and results.md.
+
+    Raises ValueError, one sentence, for whatever of the options, the model or the text does not fit.
+    """
+    check(options)
     torch.set_num_threads(options.threads)
     model, encode = load(options.model)
-    tokens = torch.tensor(encode(options.text.read_text(encoding="utf-8")))
+    longest = getattr(model.config, "max_position_embeddings", options.length)
+    if options.length > longest:
+        raise ValueError(f"--length is at most {longest}, which the model was made for: got {options.length}.")
+    tokens = torch.tensor(encode(read_text(options.text)[0]))
     split = len(tokens) * 9 // 10
     training, held_out = tokens[:split], windows(tokens[split:], options)
     if len(training) <= options.length or len(held_out) == 0:
@@ -122,18 +150,34 @@ def main(options: Options) -> list[Result]:
     return results
 
 
+def check(options: Options) -> None:
+    """Raise ValueError for a number that cannot be one of fine-tunings."""
+    for name in ("seeds", "steps", "batch", "length", "held_out", "threads"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is 1 or more: got {getattr(options, name)}.")
+    for name in ("learning_rate", "gain_rate"):
+        if not 0 < getattr(options, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is a number above 0: got {getattr(options, name)}.")
+
+
 def finished(path: Path, options: Options) -> list[Result]:
-    """What an earlier run with the same options has made, so that an interrupted one goes on where it stopped."""
+    """What an earlier run with the same options has made, so that an interrupted one goes on where it stopped.
+
+    Raises ValueError where the file is of something else, or a line is broken.
+    """
     results = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        row = json.loads(line)
+    now = json.loads(json.dumps(asdict(options), default=str))
+    keys = {field.name for field in fields(Result)} | {"options", "versions"}
+    for where, row in read_rows(path) if path.exists() else []:
+        if row.keys() != keys:
+            raise ValueError(f"{where}: this is no fine-tuning of ours: name another folder with --out.")
         row.pop("versions")
-        was, now = row.pop("options"), json.loads(json.dumps(asdict(options), default=str))
-        changed = sorted(name for name in now if name not in FREE and was[name] != now[name])
+        was = row.pop("options")
+        changed = sorted(name for name in now if name not in FREE and was.get(name) != now[name])
         if changed:
             raise ValueError(
-                f"{path} is of another experiment ({changed[0]} was {was[changed[0]]}, and is {now[changed[0]]}): name "
-                "another folder with --out."
+                f"{path} is of another experiment ({changed[0]} was {was.get(changed[0])}, and is {now[changed[0]]}): "
+                "name another folder with --out."
             )
         row["gains"] = {int(layer): gains for layer, gains in row["gains"].items()}
         if row["seed"] < options.seeds:
@@ -142,7 +186,9 @@ def finished(path: Path, options: Options) -> list[Result]:
 
 
 def load(folder: Path) -> tuple[nn.Module, Callable[[str], list[int]]]:
-    """The model in the folder, and what turns text into its tokens."""
+    """The model in the folder, and what turns text into its tokens. Raises ValueError where it holds none."""
+    if not folder.is_dir():
+        raise ValueError(f"--model {folder} is no folder: name the one of the trained model.")
     tokenizers = sorted(folder.glob("tok*.bin"))
     if tokenizers:
         weights = [path for path in sorted(folder.glob("*.bin")) if path not in tokenizers]
@@ -151,10 +197,18 @@ def load(folder: Path) -> tuple[nn.Module, Callable[[str], list[int]]]:
                 f"{folder} must hold one NAME.bin and one tok*.bin: it holds {len(weights)}, {len(tokenizers)}."
             )
         return read_model(weights[0]), Tokenizer(tokenizers[0]).encode
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(folder).eval(), lambda text: tokenizer(text)["input_ids"]
+    if not (folder / "config.json").exists():
+        raise ValueError(
+            f"{folder} must hold a model of transformers (config.json) or of llama2.c (NAME.bin and tok*.bin): it "
+            "holds neither."
+        )
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, local_files_only=True).eval()
+    # Whatever is wrong with the files makes it stumble anywhere: OSError, KeyError, SafetensorError, ...
+    except Exception as error:
+        raise ValueError(f"transformers cannot load {folder}: {str(error).strip().partition(chr(10))[0]}") from error
+    return model, lambda text: tokenizer(text)["input_ids"]
 
 
 def fine_tune(
@@ -228,58 +282,65 @@ def windows(tokens: Tensor, options: Options) -> Tensor:
 
 def show(results: list[Result], console: Console) -> None:
     """The losses by arm, the paired differences with their intervals, and the gains by layer and head."""
-    after = {arm: {r.seed: r.after for r in results if r.arm == arm} for arm in ARMS}
-    table = Table("arm", "steps", "seconds", "loss before", "loss after", title="Nats per token on held-out text")
-    for arm in ARMS:
-        rows = [result for result in results if result.arm == arm]
-        steps, seconds = (statistics.mean(getattr(row, name) for row in rows) for name in ("steps", "seconds"))
-        table.add_row(
-            arm, f"{steps:.0f}", f"{seconds:.1f}", f"{mean(rows, 'before'):.4f}", f"{mean(rows, 'after'):.4f}"
-        )
+    rows = by_arm(results)
+    table = Table(*COLUMNS[:-1], title="Nats per token on held-out text")
+    for cells in rows:
+        table.add_row(*cells[:-1])
     console.print(table)
-    for arm in (STANDARD, SECONDS):
-        console.print(f"twicing - {arm}: {said(paired_difference(after[arm], after[RETROFIT]))}")
-    gains = [result.gains for result in results if result.arm == RETROFIT]
-    learned = Table("layer", "gain of each head, mean over seeds (spread)", title="What was learned")
-    for layer in gains[0]:
-        heads = zip(*(one[layer] for one in gains), strict=True)
-        learned.add_row(str(layer), "  ".join(f"{statistics.mean(h):+.3f} ({spread(h):.3f})" for h in heads))
+    for arm, *_, difference in rows:
+        if difference:
+            console.print(f"twicing - {arm}: {difference}")
+    learned = Table(*GAIN_COLUMNS, title="What was learned")
+    for cells in gains_by_layer(results):
+        learned.add_row(*cells)
     console.print(learned)
+
+
+def by_arm(results: list[Result]) -> list[tuple[str, ...]]:
+    """The cells of COLUMNS for each arm; twicing has no difference to itself."""
+    after = {arm: {r.seed: r.after for r in results if r.arm == arm} for arm in ARMS}
+    rows = []
+    for arm in ARMS:
+        own = [result for result in results if result.arm == arm]
+        loss_after = f"{mean(own, 'after'):.4f} ± {spread(row.after for row in own):.4f}"
+        difference = "" if arm == RETROFIT else said(paired_difference(after[arm], after[RETROFIT]))
+        numbers = (f"{mean(own, 'steps'):.0f}", f"{mean(own, 'seconds'):.0f}", f"{mean(own, 'before'):.4f}")
+        rows.append((arm, *numbers, loss_after, difference))
+    return rows
+
+
+def gains_by_layer(results: list[Result]) -> list[tuple[str, str]]:
+    """The cells of GAIN_COLUMNS for each layer."""
+    gains = [result.gains for result in results if result.arm == RETROFIT]
+    heads = {layer: zip(*(one[layer] for one in gains), strict=True) for layer in gains[0]}
+    return [
+        (str(layer), ", ".join(f"{statistics.mean(one):+.3f} ({spread(one):.3f})" for one in of_layer))
+        for layer, of_layer in heads.items()
+    ]
 
 
 def markdown(results: list[Result], options: Options, model: nn.Module) -> str:
     """The same as a section of docs/results.md, with the command that makes it and what it cannot tell."""
-    after = {arm: {r.seed: r.after for r in results if r.arm == arm} for arm in ARMS}
-    lines = ["| arm | steps | processor seconds | loss before | loss after | twicing - this arm |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | --- |")
-    for arm in ARMS:
-        rows = [result for result in results if result.arm == arm]
-        steps, seconds = (statistics.mean(getattr(row, name) for row in rows) for name in ("steps", "seconds"))
-        loss_after = f"{mean(rows, 'after'):.4f} ± {spread(row.after for row in rows):.4f}"
-        difference = "" if arm == RETROFIT else said(paired_difference(after[arm], after[RETROFIT]))
-        cells = (arm, f"{steps:.0f}", f"{seconds:.0f}", f"{mean(rows, 'before'):.4f}", loss_after, difference)
-        lines.append(f"| {' | '.join(cells)} |")
-    gains = [result.gains for result in results if result.arm == RETROFIT]
-    learned = ["| layer | gain of each head, mean over seeds (standard deviation) |", "| ---: | --- |"]
-    for layer in gains[0]:
-        heads = zip(*(one[layer] for one in gains), strict=True)
-        learned.append(f"| {layer} | {', '.join(f'{statistics.mean(h):+.3f} ({spread(h):.3f})' for h in heads)} |")
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    given = {name: getattr(options, name) for name in ("model", "text", "seeds", "steps", "out")}
-    command = " ".join(["python scripts/retrofit.py", *(f"--{name} {value}" for name, value in given.items())])
+    given = {
+        field.name.replace("_", "-"): getattr(options, field.name)
+        for field in fields(options)
+        if field.name in ("seeds", "steps") or getattr(options, field.name) != field.default
+    }
+    typed = " ".join(["python scripts/retrofit.py", *(f"--{name} {value}" for name, value in given.items())])
     return "\n".join(
         [
             f"## {type(model).__name__} of {parameters:,} parameters, fine-tuned with twicing put into it",
             "",
-            f"`{command}`",
+            f"`{typed}`",
             "",
             f"{options.seeds} seeds; {options.steps} steps of {options.batch} sequences of {options.length} tokens. "
             "Losses are nats per token on the last tenth of the text, which was never trained on. Every arm starts at "
             "the trained weights; the gain of each head starts at 0, which is the trained function; 1 is the papers'.",
             "",
-            *lines,
+            *_table(COLUMNS, "| --- | ---: | ---: | ---: | ---: | --- |", by_arm(results)),
             "",
-            *learned,
+            *_table(GAIN_COLUMNS, "| ---: | --- |", gains_by_layer(results)),
             "",
             "- Differences below zero are in favour of twicing. A gain below zero smooths more than standard attention "
             "does.",
@@ -292,6 +353,12 @@ def markdown(results: list[Result], options: Options, model: nn.Module) -> str:
             "",
         ]
     )
+
+
+def _table(columns: Sequence[str], alignment: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    head, *lines = (f"| {' | '.join(cells)} |" for cells in (columns, *rows))
+    return [head, alignment, *lines]
 
 
 def _step_ratio(results: list[Result]) -> float:
@@ -326,4 +393,4 @@ def spread(numbers: Any) -> float:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options))
+    sys.exit(command())

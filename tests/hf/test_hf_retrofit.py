@@ -65,6 +65,19 @@ def test_a_file_that_is_too_short(tmp_path):
     (tmp_path / "m.bin").write_bytes(b"12345")
     with pytest.raises(ValueError, match="must start with a header of 28 bytes: it has 5"):
         llama2c.read_model(tmp_path / "m.bin")
+    # More than there is memory for, had the model been made first.
+    (tmp_path / "m.bin").write_bytes(struct.pack("7i", 2**22, 2**22, 2, 4, 2, 300, 64))
+    with pytest.raises(ValueError, match=r"must hold \d+ weights, as its header says: it holds 0"):
+        llama2c.read_model(tmp_path / "m.bin")
+    (tmp_path / "m.bin").write_bytes(struct.pack("7i", 16, 24, 2, 0, 2, 300, 64))
+    with pytest.raises(ValueError, match=r"is no model in llama2\.c's format: its header says \(16, 24, 2, 0,"):
+        llama2c.read_model(tmp_path / "m.bin")
+    write_tokenizer(tmp_path / "tok.bin")
+    whole = (tmp_path / "tok.bin").read_bytes()
+    for cut in (len(whole) - 1, 6):
+        (tmp_path / "tok.bin").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"tok\.bin must hold whole tokens.*: it breaks off at byte \d+"):
+            llama2c.Tokenizer(tmp_path / "tok.bin")
 
 
 def test_tokens_are_merged_by_score_within_words(folder):
@@ -154,14 +167,85 @@ def test_equal_seconds_stop_the_clock(folder):
     assert 1 <= result.steps < 1000
 
 
-def test_what_is_missing_is_said(folder):
+def typed(folder, *more):
+    return ["--model", str(folder), "--text", str(folder / "text.txt"), "--out", str(folder / "out"), *more]
+
+
+def test_what_is_wrong_is_said_in_a_sentence(folder, capsys):
     text = folder / "text.txt"
+    assert retrofit.command(typed(folder, "--length", "16")) == (
+        f"retrofit: --text {text} is no file: give a text in UTF-8."
+    )
     text.write_text("ab a")
-    with pytest.raises(ValueError, match=r"must hold at least 170 tokens, .*: it holds 3\."):
-        retrofit.main(retrofit.Options(folder, text, folder / "out", length=16))
+    short = retrofit.command(typed(folder, "--length", "16"))
+    assert short == f"retrofit: {text} must hold at least 170 tokens, of which a tenth is held out: it holds 3."
+    text.write_bytes("Käse".encode("latin-1"))
+    assert "is not UTF-8" in retrofit.command(typed(folder, "--length", "16"))
+    text.write_text("ab a c b cab " * 400)
+    for name in ("seeds", "steps", "batch", "length", "held-out", "threads"):
+        for number in ("0", "-1"):
+            assert retrofit.command(typed(folder, f"--{name}", number)) == (
+                f"retrofit: --{name} is 1 or more: got {number}."
+            )
+    for name in ("learning-rate", "gain-rate"):
+        for number in ("0", "-1", "nan", "inf"):
+            assert f"--{name} is a number above 0: got" in retrofit.command(typed(folder, f"--{name}", number))
+    assert "layers" in retrofit.command(typed(folder, "--length", "16", "--layers", "3"))
+    too_long = retrofit.command(typed(folder, "--length", "65"))
+    assert too_long == "retrofit: --length is at most 64, which the model was made for: got 65."
+    (folder / "out").rmdir()
+    (folder / "out").write_text("")
+    assert retrofit.command(typed(folder, "--length", "16")) == (
+        f"retrofit: cannot read or write {folder / 'out'} (File exists)."
+    )
+    missing = folder / "missing"
+    assert retrofit.command([*typed(folder), "--model", str(missing)]) == (
+        f"retrofit: --model {missing} is no folder: name the one of the trained model."
+    )
     write_model(folder / "second.bin")
-    with pytest.raises(ValueError, match=r"must hold one NAME\.bin and one tok\*\.bin: it holds 2, 1"):
-        retrofit.load(folder)
+    assert "must hold one NAME.bin and one tok*.bin: it holds 2, 1." in retrofit.command(typed(folder))
+    (folder / "tok.bin").unlink()
+    assert "(NAME.bin and tok*.bin): it holds neither." in retrofit.command(typed(folder))
+    (folder / "config.json").write_text("{")
+    assert retrofit.command(typed(folder)).startswith(f"retrofit: transformers cannot load {folder}: ")
+
+
+def test_it_goes_on_where_ctrl_c_stopped_it(folder, monkeypatch, capsys):
+    (folder / "text.txt").write_text("ab a c b cab " * 400)
+    few = ("--seeds", "1", "--steps", "2", "--batch", "2", "--length", "16", "--held-out", "4")
+    fine_tune = retrofit.fine_tune
+
+    def stopped(model, arm, *others):
+        if arm == retrofit.SECONDS:
+            raise KeyboardInterrupt
+        return fine_tune(model, arm, *others)
+
+    monkeypatch.setattr(retrofit, "fine_tune", stopped)
+    assert retrofit.command(typed(folder, *few)) == 130
+    assert "Finished fine-tunings are kept; the same command goes on from there." in capsys.readouterr().err
+    path = folder / "out" / "results.jsonl"
+    kept = path.read_text()
+    assert len(kept.splitlines()) == 2
+    monkeypatch.setattr(retrofit, "fine_tune", fine_tune)
+    assert retrofit.command(typed(folder, *few)) == 0
+    assert path.read_text().startswith(kept)
+    page = (folder / "out" / "results.md").read_text(encoding="utf-8")
+    # What makes it again, without what is so anyway.
+    assert f"--out {folder / 'out'} --seeds 1 --steps 2 --batch 2 --length 16 --held-out 4`" in page
+    assert "--layers" not in page
+
+
+def test_a_broken_results_file_is_told(folder):
+    (folder / "text.txt").write_text("ab a c b cab " * 400)
+    (folder / "out").mkdir()
+    path = folder / "out" / "results.jsonl"
+    path.write_text('{"arm": "standard, eq')
+    told = retrofit.command(typed(folder, "--length", "16"))
+    assert told.startswith(f"retrofit: {path}, line 1: expected one JSON object, got a broken line")
+    # As a comparison's is, for example.
+    path.write_text('{"arm": "standard", "seed": 0, "value": 0.5, "versions": {}}\n')
+    told = retrofit.command(typed(folder, "--length", "16"))
+    assert told == f"retrofit: {path}, line 1: this is no fine-tuning of ours: name another folder with --out."
 
 
 def test_differences_in_words():

@@ -111,9 +111,18 @@ def read_records(path: Path) -> list[Record]:
 
     Raises ValueError, naming file and line, for a broken line and for unknown or missing keys.
     """
+    return [_record(entry, where) for where, entry in read_rows(path)]
+
+
+def read_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON-lines file, each behind where it stands, as in "results.jsonl, line 3".
+
+    Raises ValueError, naming file and line, where a line is not one.
+    """
     # Not splitlines(): it also splits at line separators that JSON allows inside a string.
     lines = path.read_text(encoding="utf-8").split("\n")
-    return [_parse_line(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    places = [(f"{path}, line {number}", line) for number, line in enumerate(lines, start=1) if line.strip()]
+    return [(where, _object(line, where)) for where, line in places]
 
 
 def select(
@@ -254,7 +263,7 @@ def environment(device: torch.device | str = "cpu") -> Environment:
     return Environment(versions, _commit(Path(__file__).parents[1]), _device_name(device), torch.get_num_threads())
 
 
-def _parse_line(line: str, where: str) -> Record:
+def _object(line: str, where: str) -> dict[str, Any]:
     try:
         # json accepts NaN and Infinity; Record refuses them with a clearer sentence than a parser's.
         entry = json.loads(line)
@@ -262,6 +271,10 @@ def _parse_line(line: str, where: str) -> Record:
         raise ValueError(f"{where}: expected one JSON object, got a broken line ({error.msg}). Remove it.") from error
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: expected one JSON object, got {type(entry).__name__}. Is it a results.jsonl?")
+    return entry
+
+
+def _record(entry: dict[str, Any], where: str) -> Record:
     fields = dataclasses.fields(Record)
     unknown = sorted(set(entry) - {f.name for f in fields})
     missing = [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in entry]
