@@ -43,31 +43,30 @@ def products(analysis: Analysis) -> Picture | None:
                         depths, means, color=color, marker=mark, markersize=4, linewidth=LINE_WIDTH, label=kind
                     )
                     first = means[0] if kind == "A" else first
-            guide = sorted({row["depth"] for row in rows})
-            for power, words in ((-1.0, "n^-1"), (-0.5, "n^-1/2")):
-                line = [first * n**power for n in guide]
-                guide_line(panel.axes, guide, line)
-                # Where the line is still inside: no rank is below 1.
-                end = max(place for place, value in enumerate(line) if place == 0 or value > 1)
-                panel.axes.annotate(words, (guide[end], line[end]), fontsize=7.5, color=INK, ha="right")
+            deepest = max(row["depth"] for row in rows)
+            for power, words, dots in ((-0.5, "n^-1/2", 3), (-1.0, "n^-1", 1)):
+                if first > 1:
+                    # No rank is below 1: there the line ends.
+                    end = min(deepest, first ** (-1 / power))
+                    guide_line(panel.axes, (1, end), (first, first * end**power), words, dots=dots)
             panel.axes.set_xscale("log")
             panel.axes.set_yscale("log")
             panel.axes.set_ylim(bottom=0.9)
-            panel.axes.set_xticks(*plain_ticks(1, guide[-1]))
+            panel.axes.set_xticks(*plain_ticks(1, deepest))
             panel.axes.set_yticks(*plain_ticks(1, panel.axes.get_ylim()[1]))
             panel.axes.xaxis.set_minor_locator(NullLocator())
             panel.axes.yaxis.set_minor_locator(NullLocator())
             panel.axes.set_xlabel(f"depth n, {way}")
             panel.axes.set_ylabel("effective rank")
-            legend(panel.axes, "lower left")
+            legend(panel.axes)
             panels.append(panel)
     caption = (
         "Effective rank of A_n ... A_1, the attention matrices alone: residual connections, values and feed-forward "
         "parts are left out, so it is no rank of the model's tokens. Our reading: heads are averaged into one matrix a "
         "layer, or each head is multiplied with the head of the same number in the next layer and the ranks are "
-        "averaged. 2A - A^2 is made of the same A in every layer, whatever the model does. Dotted: n^-1 and n^-1/2, as "
-        "the theory has it for powers of one matrix with evenly spread eigenvalues. Where all tokens are the same, it "
-        "is 1."
+        "averaged. 2A - A^2 is made of the same A in every layer, whatever the model does. Thin and broken: n^-1/2 "
+        "and n^-1, down to 1, as the theory has it for powers of one matrix with evenly spread eigenvalues. Where all "
+        "tokens are the same, it is 1."
     )
     return Picture("products", panels, caption)
 

@@ -30,9 +30,9 @@ def kind_line(axes: Axes, place: int, x: Sequence[float], y: Sequence[float], na
     axes.plot(x, y, marker=mark, markersize=MARK_SIZE, linewidth=LINE_WIDTH, color=TESTED[place], label=name)
 
 
-def guide_line(axes: Axes, x: Sequence[float], y: Sequence[float], name: str | None = None) -> None:
-    """Draw what the theory predicts, thin and dotted."""
-    axes.plot(x, y, color=INK, linewidth=0.9, linestyle=(0, (1, 2)), alpha=0.7, label=name)
+def guide_line(axes: Axes, x: Sequence[float], y: Sequence[float], name: str | None = None, *, dots: float = 1) -> None:
+    """Draw what the theory predicts, thin and dotted. dots: how long they are, where there are two such lines."""
+    axes.plot(x, y, color=INK, linewidth=0.9, linestyle=(0, (dots, 2)), alpha=0.7, label=name)
 
 
 def log_scale(axes: Axes, *, x: bool = True, y: bool = True) -> None:
