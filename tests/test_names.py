@@ -1,8 +1,8 @@
-"""An unknown name is answered with the one that was probably meant, before the list of all."""
+"""An unknown name is answered with the one that was probably meant; of many names the first are listed."""
 
 import pytest
 
-from twicing.names import listed, nearest
+from twicing.names import few, listed, nearest
 
 KEYS = ("epochs", "width", "evaluation.eps", "evaluation.probes")
 
@@ -34,3 +34,9 @@ def test_what_was_meant_stands_before_what_there_is():
     assert listed("epoch", iter(["width", "epochs"])) == "did you mean 'epochs'? Known are 'width', 'epochs'."
     assert listed("colour", ["width", "epochs"]) == "known are 'width', 'epochs'."
     assert listed("colour", []) == "known are none."
+
+
+def test_of_many_names_the_first_are_listed():
+    assert few(["a", "b", "c", "d", "e"]) == "a, b, c, d, e"
+    assert few(["a", "b", "c", "d", "e", "f", "g"]) == "a, b, c, d, e and 2 more"
+    assert few(["a", "b", "c"], 2) == "a, b and 1 more"

@@ -1,6 +1,6 @@
-"""How an unknown name is answered: with the nearest of the known ones, then with all of them."""
+"""Names in messages: an unknown one is answered with the nearest, then with all; of many, the first are named."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 FEWEST_LETTERS = 3
@@ -29,3 +29,8 @@ def listed(name: object, known: Iterable[str]) -> str:
     near = nearest(name, known)
     hint = "known are" if near is None else f"did you mean {near!r}? Known are"
     return f"{hint} {', '.join(map(repr, known)) or 'none'}."
+
+
+def few(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

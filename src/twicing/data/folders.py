@@ -16,6 +16,7 @@ from torch import Tensor
 
 from twicing.data.images import FolderImages
 from twicing.data.progress import Progress, part_of
+from twicing.names import few
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -99,7 +100,7 @@ def check_same_classes(root: Path, found: Sequence[str], wanted: Sequence[str]) 
     missing = [name for name in wanted if name not in found_names]
     unknown = [name for name in found if name not in wanted_names]
     if missing or unknown:
-        parts = [f"{_few(missing)} missing"] * bool(missing) + [f"{_few(unknown)} unknown"] * bool(unknown)
+        parts = [f"{few(missing)} missing"] * bool(missing) + [f"{few(unknown)} unknown"] * bool(unknown)
         raise ValueError(
             f"{root} must have the {len(wanted)} class folders of the training images: {', '.join(parts)}. "
             "Rename, add or remove class folders until both have the same."
@@ -120,7 +121,3 @@ def _pictures(folder: Path, prefix: str) -> Iterator[str]:
                 yield f"{prefix}/{entry.name}"
             elif not entry.name.startswith(".") and entry.is_dir():
                 yield from _pictures(folder / entry.name, f"{prefix}/{entry.name}")
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from twicing.data.folders import class_folders
 from twicing.data.images import FolderImages
+from twicing.names import few
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -97,7 +98,7 @@ def plain_set(root: str | Path, synsets: Sequence[str], transform: Transform) ->
     missing = sorted(set(names) - set(found), key=names.index)
     if missing:
         raise ValueError(
-            f"{root} must hold a folder for each of the {len(names)} classes: {_few(missing)} missing. "
+            f"{root} must hold a folder for each of the {len(names)} classes: {few(missing)} missing. "
             "Unpack the whole set, or name the folder that holds the class folders."
         )
     return class_folders(root, classes=names, transform=transform)
@@ -128,14 +129,14 @@ def imagenet_c_folders(root: str | Path, kinds: Sequence[str] | None = None) -> 
     unknown = [kind for kind in kinds or () if kind not in IMAGENET_C + IMAGENET_C_EXTRA]
     if unknown:
         raise ValueError(
-            f"{_few(unknown)}: no corruption of ImageNet-C; it has {', '.join(IMAGENET_C)}, and apart "
+            f"{few(unknown)}: no corruption of ImageNet-C; it has {', '.join(IMAGENET_C)}, and apart "
             f"from these {', '.join(IMAGENET_C_EXTRA)}."
         )
     places = {kind: _place(root, kind) for kind in kinds or IMAGENET_C + IMAGENET_C_EXTRA}
     missing = [kind for kind, place in places.items() if place is None and (kinds or kind in IMAGENET_C)]
     if missing:
         raise ValueError(
-            f"{root} must hold a folder for each corruption: {_few(missing)} missing. "
+            f"{root} must hold a folder for each corruption: {few(missing)} missing. "
             "Unpack the missing archives, or name the corruptions that are there."
         )
     folders = {
@@ -185,10 +186,6 @@ def _refuse_unknown(root: Path, found: Sequence[str], names: Sequence[str]) -> N
     unknown = [name for name in found if name not in known]
     if unknown:
         raise ValueError(
-            f"{root} must hold folders named by the model's {len(names)} classes (as {names[0]}): got {_few(unknown)}. "
+            f"{root} must hold folders named by the model's {len(names)} classes (as {names[0]}): got {few(unknown)}. "
             "Name the folder that holds the class folders, and remove what is no class."
         )
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -10,6 +10,7 @@ from twicing.experiments.analyze.section import AnalysisSection, analysis_sectio
 from twicing.experiments.report import PAPERS
 from twicing.experiments.results import replace_file
 from twicing.experiments.statistics import number
+from twicing.experiments.telling import tell
 
 PAGE = "analysis.html"
 
@@ -62,4 +63,4 @@ def print_results(section: AnalysisSection, console: Console) -> None:
                 screen.add_row(escape(line.what), *(number(cell.mean) for cell in line.cells))
             console.print(screen)
     for note in section.notes:
-        console.print(f"Note: {note}", highlight=False, markup=False, soft_wrap=True)
+        tell(console, f"Note: {note}")

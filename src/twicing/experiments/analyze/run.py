@@ -28,8 +28,10 @@ from twicing.experiments.analyze.page import print_results, read_section, write_
 from twicing.experiments.analyze.subjects import Looked, looked_at
 from twicing.experiments.cases.inputs import IMAGES
 from twicing.experiments.cases.windows import FEWEST_TOKENS
+from twicing.experiments.devices import chosen_device
 from twicing.experiments.report import REPORT, write_report
 from twicing.experiments.results import BASELINE, environment
+from twicing.experiments.telling import tell
 
 
 def run(options: Analyze, command: str, console: Console) -> Path:
@@ -39,7 +41,7 @@ def run(options: Analyze, command: str, console: Console) -> Path:
     Raises ValueError, one sentence, for whatever of the options, the models or the inputs does not fit.
     """
     _check(options)
-    device = _device(options.device)
+    device = chosen_device(options.device)
     models, folder, left_out = looked_at(options)
     _refuse_other(folder)
     analysis = Analysis(left_out=left_out)
@@ -72,7 +74,7 @@ def run(options: Analyze, command: str, console: Console) -> Path:
         # The comparison's report has a section for it.
         write_report(folder.parent)
     print_results(section, console)
-    _tell(console, f"Page: {page}")
+    tell(console, f"Page: {page}")
     return page
 
 
@@ -171,18 +173,6 @@ def _refuse_other(folder: Path) -> None:
         raise ValueError(f"{folder} is not empty and holds no analysis: name another folder with --out.")
 
 
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device is cpu, cuda or auto: got {name!r}.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no GPU here; use cpu.")
-    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
-
-
-def _tell(console: Console, sentence: str) -> None:
-    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-
-
 class _Display:
     """The models together and the one at work, by inputs; plain lines where there is no terminal."""
 
@@ -209,7 +199,7 @@ class _Display:
         total = self._each + self._scaled * (2 if model.twice else 1)
         self._bars.reset(self._one, total=total, description=model.case.name)
         if not self._console.is_terminal:
-            _tell(self._console, f"[{self._begun} of {self._total}] {model.case.name}")
+            tell(self._console, f"[{self._begun} of {self._total}] {model.case.name}")
 
     def passed(self, inputs: int) -> None:
         """So many inputs were shown."""

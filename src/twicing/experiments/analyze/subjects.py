@@ -13,6 +13,7 @@ from twicing.experiments.cases.inputs import Wanted
 from twicing.experiments.cases.timm import timm_case
 from twicing.experiments.evaluate.options import Evaluate
 from twicing.experiments.results import BASELINE
+from twicing.names import few
 
 # Curves and maps of more models than this cannot be told apart.
 MOST_SHOWN = 4
@@ -62,7 +63,7 @@ def _of_run(run: Path, options: Analyze) -> tuple[list[Looked], Path, list[str]]
 
     refuse(options, OF_OTHERS, f"{run} {OWN}")
     jobs, untrained = trained_jobs(run, options.data_dir)
-    left_out = [f"Not trained yet: {', '.join(untrained)}."] if untrained else []
+    left_out = [f"Not trained yet: {few(untrained)}."] if untrained else []
     cases = []
     for job in jobs:
         reason = hidden(job)

@@ -24,7 +24,6 @@ from twicing.training.split import load_split
 # Options that a run folder has no use for, and why.
 OF_OTHERS = ("images", "text", "tokens", "checkpoint", "pretrained", "convert", "layers", "options", "model_args")
 OWN = "is a run folder, whose models have weights, mechanisms and held-out data of their own"
-FEW = 6
 
 
 class NextWord(nn.Module):
@@ -67,11 +66,6 @@ def job_case(job: Job, count: int, *, answers: bool) -> Case:
         inputs=lambda: _inputs(job, count),
         control=job.arm.control,
     )
-
-
-def few(names: list[str]) -> str:
-    """The first names, and how many more there are."""
-    return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
 
 
 def hidden(job: Job) -> str:

@@ -14,12 +14,14 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from twicing.experiments.cases.case import Case
 from twicing.experiments.cases.windows import FEWEST_TOKENS
+from twicing.experiments.devices import chosen_device
 from twicing.experiments.diagnose.cases import cases_of
 from twicing.experiments.diagnose.diagnosis import Diagnosis, diagnose_case
 from twicing.experiments.diagnose.options import Diagnose
 from twicing.experiments.diagnose.page import diagnosis_page
 from twicing.experiments.diagnose.words import headline, reasons
 from twicing.experiments.results import environment, replace_file, write_json
+from twicing.experiments.telling import tell
 
 PAGE = "diagnosis.html"
 
@@ -32,9 +34,9 @@ def run(options: Diagnose, command: str, console: Console) -> Path:
     the folder cannot be written.
     """
     _check(options)
-    device = _device(options.device)
+    device = chosen_device(options.device)
     if options.pretrained:
-        _tell(console, "timm's own weights were asked for: it downloads them if they are not in its cache.")
+        tell(console, "timm's own weights were asked for: it downloads them if they are not in its cache.")
     cases, folder, notes = cases_of(options)
     # Before the work, so that a folder that cannot be made is told at once.
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,7 @@ def run(options: Diagnose, command: str, console: Console) -> Path:
     _write(diagnoses, notes, options, command, folder, device)
     _show(diagnoses, notes, console)
     page = folder / PAGE
-    _tell(console, f"Page: {page}")
+    tell(console, f"Page: {page}")
     return page
 
 
@@ -174,23 +176,11 @@ def _write_csv(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def _show(diagnoses: Sequence[Diagnosis], notes: Sequence[str], console: Console) -> None:
     for words in dict.fromkeys(one.inputs.words for one in diagnoses):
-        _tell(console, f"Shown: {words}.")
+        tell(console, f"Shown: {words}.")
     for note in [*notes, *dict.fromkeys(one.inputs.caution for one in diagnoses if one.inputs.caution)]:
-        _tell(console, f"Note: {note}")
+        tell(console, f"Note: {note}")
     for one in diagnoses:
         console.print(f"\n{one.case.name}: {headline(one)}.", style="bold", highlight=False, markup=False)
         for reason in reasons(one):
-            _tell(console, f"  {reason}")
+            tell(console, f"  {reason}")
     console.print()
-
-
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device is cpu, cuda or auto: got {name!r}.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no GPU here; use cpu.")
-    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
-
-
-def _tell(console: Console, sentence: str) -> None:
-    console.print(sentence, highlight=False, markup=False, soft_wrap=True)

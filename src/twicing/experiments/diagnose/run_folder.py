@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from twicing.experiments.cases.case import Case, refuse
-from twicing.experiments.cases.run_folder import OF_OTHERS, OWN, few, hidden, job_case
+from twicing.experiments.cases.run_folder import OF_OTHERS, OWN, hidden, job_case
 from twicing.experiments.diagnose.options import Diagnose
 from twicing.experiments.trained import trained_jobs
-from twicing.names import listed
+from twicing.names import few, listed
 
 
 def run_folder_cases(run: Path, options: Diagnose) -> tuple[list[Case], list[str]]:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from twicing.experiments.alone import alone_in
+from twicing.experiments.devices import chosen_device
 from twicing.experiments.evaluate.bench import Bench
 from twicing.experiments.evaluate.folder import (
     ABOUT,
@@ -26,6 +27,8 @@ from twicing.experiments.evaluate.tasks import HELD_OUT, Task, tasks_of
 from twicing.experiments.plan import CONFIG
 from twicing.experiments.report import EVALUATION, REPORT, write_report
 from twicing.experiments.results import BASELINE, Environment, environment
+from twicing.experiments.telling import tell
+from twicing.names import few
 
 
 def evaluate(options: Evaluate, console: Console, command: str) -> Path:
@@ -34,7 +37,7 @@ def evaluate(options: Evaluate, console: Console, command: str) -> Path:
     command: what was typed, kept beside the results. Whatever ends it, finished parts are kept.
     Raises ValueError, one sentence, for whatever of the options, the models or the data does not fit.
     """
-    device = _device(options.device)
+    device = chosen_device(options.device)
     subjects, folder = _subjects(options, console)
     tasks = tasks_of(subjects, options, folder)
     if not (folder / ABOUT).exists() and any(task.images == HELD_OUT for task in tasks):
@@ -49,7 +52,7 @@ def evaluate(options: Evaluate, console: Console, command: str) -> Path:
             refuse_other_images(folder, options.images)
         finished = f"; {len(tasks) - len(unfinished)} finished already" if len(unfinished) < len(tasks) else ""
         models = "1 model" if len(subjects) == 1 else f"{len(subjects)} models"
-        _tell(console, f"{options.model}: {models}, {len(tasks)} parts{finished}.")
+        tell(console, f"{options.model}: {models}, {len(tasks)} parts{finished}.")
         with _Display(console, unfinished) as display:
             for last in (False, True):
                 for subject in subjects:
@@ -61,7 +64,7 @@ def evaluate(options: Evaluate, console: Console, command: str) -> Path:
         # The comparison's report has a section for it.
         write_report(folder.parent)
     print_results(folder, console)
-    _tell(console, f"Page: {page}")
+    tell(console, f"Page: {page}")
     return page
 
 
@@ -71,15 +74,15 @@ def _subjects(options: Evaluate, console: Console) -> tuple[list[Subject], Path]
         _refuse_options_of_timm(options)
         subjects, untrained = trained_subjects(named, options.data_dir)
         if untrained:
-            _tell(console, f"Note: not trained yet, and left out: {', '.join(untrained)}.")
+            tell(console, f"Note: not trained yet, and left out: {few(untrained)}.")
         return subjects, options.out or named / EVALUATION
     if named.is_dir():
         raise ValueError(f"{named} is a folder without {CONFIG}: name the run folder of a comparison or training.")
     if options.pretrained:
-        _tell(console, "timm's own weights were asked for: it downloads them if they are not in its cache.")
+        tell(console, "timm's own weights were asked for: it downloads them if they are not in its cache.")
     subject = timm_subject(options)
     if not options.checkpoint and not options.pretrained:
-        _tell(console, f"Note: {subject.label} has random weights; give --checkpoint FILE or --pretrained.")
+        tell(console, f"Note: {subject.label} has random weights; give --checkpoint FILE or --pretrained.")
     return [subject], options.out or Path("runs") / f"evaluate-{subject.folder_name}"
 
 
@@ -126,18 +129,6 @@ def _do(
         bench.close()
 
 
-def _device(name: str) -> torch.device:
-    if name not in ("auto", "cpu", "cuda"):
-        raise ValueError(f"--device is cpu, cuda or auto: got {name!r}.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no GPU here; use cpu.")
-    return torch.device("cpu" if name == "cpu" or not torch.cuda.is_available() else "cuda")
-
-
-def _tell(console: Console, sentence: str) -> None:
-    console.print(sentence, highlight=False, markup=False, soft_wrap=True)
-
-
 class _Display:
     """All parts together and the running one, by how often the model was shown an image; plain lines elsewhere."""
 
@@ -179,6 +170,6 @@ class _Display:
         self._bars.update(self._part, visible=False)
         if not self._console.is_terminal:
             done = self._total - self._left
-            _tell(self._console, f"[{done} of {self._total}] {task.subject.name}: {task.name}")
+            tell(self._console, f"[{done} of {self._total}] {task.subject.name}: {task.name}")
         for note in notes:
-            _tell(self._console, f"Note on {task.name} of {task.subject.name}: {note}")
+            tell(self._console, f"Note on {task.name} of {task.subject.name}: {note}")

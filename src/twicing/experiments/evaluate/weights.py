@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from twicing.names import few
+
 # Where training scripts put the weights, and what wrappers put before their names.
 HOLDERS = ("state_dict", "model")
 PREFIXES = ("_orig_mod.", "module.", "model.", "network.")
@@ -62,8 +64,8 @@ def load_weights(network: nn.Module, weights: Weights, path: Path) -> None:
         for name, tensor in weights.tensors.items()
         if name in wanted and tensor.shape != wanted[name].shape
     ]
-    faults = [f"{_few(missing)} missing"] * bool(missing) + [f"{_few(unknown)} unknown"] * bool(unknown)
-    faults += [_few(other)] * bool(other)
+    faults = [f"{few(missing, SHOWN)} missing"] * bool(missing) + [f"{few(unknown, SHOWN)} unknown"] * bool(unknown)
+    faults += [few(other, SHOWN)] * bool(other)
     if faults:
         raise ValueError(
             f"{path} does not fit the model: {', '.join(faults)}. "
@@ -106,7 +108,3 @@ def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     inside = {name: tensor for name, tensor in tensors.items() if not name.startswith("ema.")}
     prefix = next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in inside)), None)
     return _without_wrappers({name.removeprefix(prefix): t for name, t in inside.items()}) if prefix else inside
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from twicing.experiments.results import environment, replace_file, write_json
+from twicing.experiments.telling import tell
 from twicing.experiments.theory.catalogue import chosen
 from twicing.experiments.theory.experiment import Claim, Experiment
 from twicing.experiments.theory.options import TheoryOptions
@@ -35,7 +36,7 @@ def run(options: TheoryOptions, console: Console) -> bool:
     _write(findings, options)
     _show(findings, console)
     page = options.out / "theory.html"
-    console.print(f"Page: {page}", markup=False, highlight=False, soft_wrap=True)
+    tell(console, f"Page: {page}")
     return all(claim.holds for finding in findings for claim in finding.claims)
 
 
