@@ -164,6 +164,11 @@ def test_it_lies_below_the_run_and_says_what_is_left_out(run_folder, analyzed, n
     assert "4 x 4 patches here, too few for a heat map" in output
 
 
+def test_the_terminal_says_what_p_of_a_is(analyzed, said):
+    output = " ".join(said.file.getvalue().split())
+    assert output.count("p(A) is the effective matrix, which the layer multiplies its values by; where that is A") == 1
+
+
 def test_formulas_and_sizes_are_told(numbers):
     model = numbers["models"]["twicing [2-3], seed 0"]
     assert (model["layers"], model["heads"], model["tokens"]) == (3, 2, 17)

@@ -55,7 +55,7 @@ def print_results(section: AnalysisSection, console: Console) -> None:
     for chapter in section.chapters:
         for table in chapter.tables:
             # Brackets of a label are no markup.
-            screen = RichTable(title=table.title)
+            screen = RichTable(title=table.title, caption=escape(table.symbols) or None, caption_justify="left")
             screen.add_column("")
             for label in table.labels:
                 screen.add_column(escape(label), justify="right")

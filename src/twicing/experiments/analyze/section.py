@@ -26,6 +26,10 @@ CAUSAL = (
     "itself. They are real and in [0, 1] whatever the weights are; that A is not symmetric shows in singular values "
     "alone."
 )
+EFFECTIVE = (
+    "p(A) is the effective matrix, which the layer multiplies its values by; where that is A itself, 2A - A^2 of the "
+    "same A stands there, what twicing would make of it."
+)
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,16 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """Lines by what was measured, columns by label. note: what has to be known to read it."""
+    """Lines by what was measured, columns by label. note: what has to be known to read it.
+
+    symbols: of the note, what says what the lines speak of: there is no room for all of it on a terminal.
+    """
 
     title: str
     labels: tuple[str, ...]
     lines: tuple[Line, ...]
     note: str
+    symbols: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,7 @@ def _spectra(analysis: Analysis, labels: Sequence[str], styles: Styles) -> Chapt
     tolerance = analysis.about["tolerance"]
     note = (
         f"Means over layers, heads and {analysis.unit}. Real: the imaginary part is at most {tolerance:g}; in [0, 1] "
-        "up to the same. p(A) is the effective matrix, which the layer multiplies its values by; where that is A "
-        "itself, 2A - A^2 of the same A stands there, what twicing would make of it."
+        f"up to the same. {EFFECTIVE}"
     )
     note += f" {CAUSAL}" if analysis.causal else ""
     note += "" if analysis.causal else " Of a negative eigenvalue x of A, 2 x - x^2 is up to three times as large."
@@ -151,7 +158,7 @@ def _spectra(analysis: Analysis, labels: Sequence[str], styles: Styles) -> Chapt
     return Chapter(
         "Spectra of the attention matrices",
         "Softmax attention is computed again from queries and keys, and each head's matrix taken apart in float64.",
-        (Table("Spectra", tuple(labels), tuple(one for one in lines if _any(one)), note),),
+        (Table("Spectra", tuple(labels), tuple(one for one in lines if _any(one)), note, EFFECTIVE),),
         (*((one, styles) for one in drawn), *((one, {}) for one in planes)),
         (),
     )
