@@ -18,11 +18,13 @@ from twicing.experiments.analyze.options import Analyze
 from twicing.experiments.analyze.page import read_section, write_page
 from twicing.experiments.analyze.run import run
 from twicing.experiments.analyze.section import lost_by_seed, report_section
+from twicing.experiments.analyze.subjects import looked_at
 from twicing.experiments.arms import Arm
 from twicing.experiments.job import part_file
 from twicing.experiments.plan import Plan, open_folder
 from twicing.experiments.results import environment, write_json
 from twicing.experiments.statistics import number
+from twicing.experiments.trained import trained_jobs
 from twicing.experiments.vision_job import converted_model
 from twicing.training.checkpoint import CHECKPOINT, identity
 from twicing.training.choice import balanced_order
@@ -372,6 +374,28 @@ def test_a_report_can_show_it(run_folder, section, tmp_path, monkeypatch):
     assert report_section(tmp_path) is None
     monkeypatch.undo()
     assert report_section(tmp_path) is None
+
+
+def test_the_page_links_the_report_of_its_run(section, tmp_path):
+    folder = tmp_path / "analysis"
+    folder.mkdir()
+    # Without chapters: to draw them takes long.
+    bare = dataclasses.replace(section, chapters=())
+    assert "report.html" not in write_page(folder, bare).read_text()
+    (tmp_path / "report.html").write_text("")
+    assert '<a href="../report.html">' in write_page(folder, bare).read_text()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert "report.html" not in write_page(elsewhere, bare).read_text()
+
+
+def test_of_many_that_are_not_trained_the_first_are_named(run_folder, monkeypatch):
+    jobs, _ = trained_jobs(run_folder, None)
+    monkeypatch.setattr(
+        "twicing.experiments.trained.trained_jobs", lambda *_: (jobs[:1], [f"model {place}" for place in range(30)])
+    )
+    _, _, (not_trained, *_) = looked_at(dataclasses.replace(OPTIONS, models=(str(run_folder),)))
+    assert not_trained == "Not trained yet: model 0, model 1, model 2, model 3, model 4 and 25 more."
 
 
 def test_a_broken_analysis_is_told(run_folder, analyzed, tmp_path):

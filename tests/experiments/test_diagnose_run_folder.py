@@ -1,6 +1,7 @@
 """twicing diagnose on a run folder: its arms and seeds, against weights that its recipe draws, on held-out images."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -109,6 +110,27 @@ def test_the_trained_model_stands_beside_fresh_weights_of_its_arm(run_folder, tm
             assert curves["model", *key, layer]["mean"] == pytest.approx(own, rel=1e-6)
             alone = [float(one.values[key][:, layer - 1].mean()) for one in draws]
             assert curves["random initialisation", *key, layer]["draws"] == pytest.approx(alone, rel=1e-6)
+
+
+def test_page_and_report_link_each_other(run_folder, tmp_path, monkeypatch):
+    copied = tmp_path / "run"
+    shutil.copytree(run_folder, copied)
+    written = []
+
+    def seen(folder):
+        # A link is only to what is there.
+        written.append((folder, (folder / "diagnosis" / "diagnosis.html").exists()))
+
+    monkeypatch.setattr("twicing.experiments.diagnose.run.write_report", seen)
+    options = options_for(copied, arms=("standard",), inputs=4, draws=1)
+    assert "report.html" not in run(options, "", Console(quiet=True)).read_text()
+    assert written == []
+    (copied / "report.html").write_text("")
+    assert '<a href="../report.html">' in run(options, "", Console(quiet=True)).read_text()
+    assert written == [(copied, True)]
+    elsewhere = run(replace(options, out=copied / "again"), "", Console(quiet=True))
+    assert "report.html" not in elsewhere.read_text()
+    assert len(written) == 1
 
 
 def test_an_arm_that_the_library_cannot_look_into_is_left_out_with_its_reason(run_folder, monkeypatch):

@@ -15,6 +15,7 @@ from twicing.experiments.arms import Arm
 from twicing.experiments.evaluate import bench as bench_module
 from twicing.experiments.evaluate import tasks
 from twicing.experiments.evaluate.options import Evaluate
+from twicing.experiments.evaluate.page import write_page
 from twicing.experiments.evaluate.run import evaluate
 from twicing.experiments.evaluate.section import evaluation_section
 from twicing.experiments.evaluate.subjects import trained_subjects
@@ -379,6 +380,13 @@ def test_the_page_is_whole_and_made_of_the_files_alone(evaluated, tmp_path):
     assert evaluation_section(tmp_path) is None
     again = run_evaluation(dataclasses.replace(QUICK, model=str(evaluated.parent)))
     assert again.read_text() == page
+
+
+def test_the_page_links_the_report_of_its_run(evaluated, tmp_path):
+    shutil.copytree(evaluated, tmp_path / "evaluation")
+    assert "report.html" not in write_page(tmp_path / "evaluation").read_text()
+    (tmp_path / "report.html").write_text("")
+    assert '<a href="../report.html">' in write_page(tmp_path / "evaluation").read_text()
 
 
 def test_clean_accuracy_is_given_on_the_images_that_were_attacked_too(evaluated):

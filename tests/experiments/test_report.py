@@ -78,6 +78,21 @@ class Checker(HTMLParser):
         assert self.open.pop() == tag
 
 
+def test_pages_on_the_same_models_are_linked_where_they_are_there(tmp_path):
+    folder = make_run_folder(tmp_path, keep=quick)
+    assert "More on these models" not in write_report(folder).read_text()
+    for name in ("diagnosis", "analysis"):
+        (folder / name).mkdir()
+    (folder / "diagnosis" / "diagnosis.html").write_text("")
+    assert '<a href="diagnosis/diagnosis.html">whether they collapse</a>.</p>' in write_report(folder).read_text()
+    (folder / "analysis" / "analysis.html").write_text("")
+    page = write_report(folder).read_text()
+    assert (
+        'More on these models: <a href="diagnosis/diagnosis.html">whether they collapse</a>, '
+        '<a href="analysis/analysis.html">what attention is like inside</a>.</p>'
+    ) in page
+
+
 def test_the_page_is_one_file_without_scripts(page):
     checker = Checker()
     checker.feed(page)

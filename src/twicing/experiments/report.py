@@ -9,6 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from twicing.experiments import corruption_bars, figures, training_figures
+from twicing.experiments.analyze.keep import ANALYSIS
 from twicing.experiments.analyze.section import report_section
 from twicing.experiments.attack_tables import stronger_attacks, transfer_matrices
 from twicing.experiments.costs import costs
@@ -45,21 +46,38 @@ PAPERS = (
 )
 
 
-# Below a run folder: what `twicing evaluate` found of its models.
-EVALUATION = "evaluation"
 REPORT = "report.html"
+# Below a run folder: what these commands found of its models, each with a page of that name.
+EVALUATION, DIAGNOSIS = "evaluation", "diagnosis"
+PAGES = {
+    f"{DIAGNOSIS}/{DIAGNOSIS}.html": "whether they collapse",
+    f"{ANALYSIS}/{ANALYSIS}.html": "what attention is like inside",
+    f"{EVALUATION}/{EVALUATION}.html": "what they answer to disturbed and other images",
+}
 
 
 def write_report(run_folder: Path) -> Path:
     """Write report.html into a run folder that has config.json and results.jsonl; the same files give the same bytes.
 
-    Parts that have no records are left out. Returns the path of the report.
+    Parts that have no records are left out, and so are links to pages that are not there. Returns the path of the
+    report.
     Raises FileNotFoundError where the two files are not there, ValueError where they do not fit together.
     """
-    page = _page(read_run(run_folder), evaluation_section(run_folder / EVALUATION), report_section(run_folder))
+    pages = {address: words for address, words in PAGES.items() if (run_folder / address).exists()}
+    evaluated, analyzed = evaluation_section(run_folder / EVALUATION), report_section(run_folder)
+    page = _page(read_run(run_folder), pages, evaluated, analyzed)
     path = run_folder / REPORT
     replace_file(path, lambda file: file.write(page.encode()))
     return path
+
+
+def report_above(folder: Path, name: str) -> Path | None:
+    """The report of the comparison whose models a page in this folder is of; None where there is none.
+
+    name: of the folder, where it lies in the run folder.
+    """
+    report = folder.parent / REPORT
+    return report if folder.name == name and report.exists() else None
 
 
 def typeset(text: object) -> Markup:
@@ -87,7 +105,7 @@ def _in_words(value: Any) -> str:
     return "none" if value is None else str(value)
 
 
-def _page(run: Run, section: EvaluationSection | None, analysis: Markup | None) -> str:
+def _page(run: Run, pages: Mapping[str, str], section: EvaluationSection | None, analysis: Markup | None) -> str:
     environment = Environment(
         loader=PackageLoader("twicing.experiments"),
         autoescape=True,
@@ -125,6 +143,7 @@ def _page(run: Run, section: EvaluationSection | None, analysis: Markup | None) 
         swapped=word_swap(run.records, styles),
         swapped_targets=swapped_targets_sentence(run.records, run.notes),
         corruption_table=corruption_bars.table(run),
+        pages=pages,
         section=section,
         analysis=analysis,
         training=training_figures.training(run.records, styles),

@@ -6,8 +6,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from twicing.experiments.analyze.keep import ANALYSIS
 from twicing.experiments.analyze.section import AnalysisSection, analysis_section, template_environment
-from twicing.experiments.report import PAPERS
+from twicing.experiments.report import PAPERS, report_above
 from twicing.experiments.results import replace_file
 from twicing.experiments.statistics import number
 from twicing.experiments.telling import tell
@@ -36,6 +37,7 @@ def write_page(folder: Path, section: AnalysisSection) -> Path:
             section=section,
             heading="h2",
             about=about,
+            report=report_above(folder, ANALYSIS),
             models=list(section.analysis.models.values()),
             made_with=[
                 *about["versions"].items(),

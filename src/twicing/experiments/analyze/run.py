@@ -29,7 +29,7 @@ from twicing.experiments.analyze.subjects import Looked, looked_at
 from twicing.experiments.cases.inputs import IMAGES
 from twicing.experiments.cases.windows import FEWEST_TOKENS
 from twicing.experiments.devices import chosen_device
-from twicing.experiments.report import REPORT, write_report
+from twicing.experiments.report import report_above, write_report
 from twicing.experiments.results import BASELINE, environment
 from twicing.experiments.telling import tell
 
@@ -70,9 +70,10 @@ def run(options: Analyze, command: str, console: Console) -> Path:
     write_analysis(folder, analysis)
     section = read_section(folder)
     page = write_page(folder, section)
-    if folder.name == ANALYSIS and (folder.parent / REPORT).exists():
-        # The comparison's report has a section for it.
-        write_report(folder.parent)
+    report = report_above(folder, ANALYSIS)
+    if report:
+        # It has a section for it.
+        write_report(report.parent)
     print_results(section, console)
     tell(console, f"Page: {page}")
     return page

@@ -7,9 +7,8 @@ from twicing.experiments.cases.inputs import Wanted
 from twicing.experiments.cases.timm import timm_case
 from twicing.experiments.diagnose.options import Diagnose
 from twicing.experiments.evaluate.options import Evaluate
+from twicing.experiments.report import DIAGNOSIS
 from twicing.experiments.results import BASELINE
-
-DIAGNOSIS = "diagnosis"
 
 
 def cases_of(options: Diagnose) -> tuple[list[Case], Path, list[str]]:

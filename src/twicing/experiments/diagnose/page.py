@@ -1,6 +1,7 @@
 """diagnosis.html: one self-contained page in the look of the report. No JavaScript, nothing to load."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
@@ -32,9 +33,17 @@ SOURCES = (
 
 
 def diagnosis_page(
-    title: str, diagnoses: Sequence[Diagnosis], notes: Sequence[str], made_with: Mapping[str, str], command: str
+    title: str,
+    diagnoses: Sequence[Diagnosis],
+    notes: Sequence[str],
+    made_with: Mapping[str, str],
+    command: str,
+    report: Path | None,
 ) -> str:
-    """The page of these diagnoses, as HTML; the same diagnoses give the same bytes."""
+    """The page of these diagnoses, as HTML; the same diagnoses give the same bytes.
+
+    report: of the comparison, in the folder above, where there is one.
+    """
     environment = Environment(
         # The style sheet is the report's; the page is ours.
         loader=ChoiceLoader([PackageLoader("twicing.experiments.diagnose"), PackageLoader("twicing.experiments")]),
@@ -57,6 +66,7 @@ def diagnosis_page(
         resamples=RESAMPLES,
         made_with=made_with,
         command=command,
+        report=report,
         papers=SOURCES,
     )
 

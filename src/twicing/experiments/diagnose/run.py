@@ -20,6 +20,7 @@ from twicing.experiments.diagnose.diagnosis import Diagnosis, diagnose_case
 from twicing.experiments.diagnose.options import Diagnose
 from twicing.experiments.diagnose.page import diagnosis_page
 from twicing.experiments.diagnose.words import headline, reasons
+from twicing.experiments.report import DIAGNOSIS, report_above, write_report
 from twicing.experiments.results import environment, replace_file, write_json
 from twicing.experiments.telling import tell
 
@@ -114,8 +115,12 @@ def _write(
     rows = [_flat(row, options.draws) for one in diagnoses for row in one.rows()]
     _write_csv(folder / "diagnosis.csv", rows)
     _write_csv(folder / "inputs.csv", (row for one in diagnoses for row in one.input_rows()))
-    page = diagnosis_page(_title(options.model), diagnoses, notes, made_with, command)
+    report = report_above(folder, DIAGNOSIS)
+    page = diagnosis_page(_title(options.model), diagnoses, notes, made_with, command, report)
     replace_file(folder / PAGE, lambda file: file.write(page.encode()))
+    if report:
+        # It has a link to the page.
+        write_report(report.parent)
 
 
 def _as_json(diagnosis: Diagnosis) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from rich.table import Table as RichTable
 
 from twicing.experiments.evaluate.section import evaluation_section
 from twicing.experiments.masking_verdicts import read_verdicts, verdict_on
-from twicing.experiments.report import typeset
+from twicing.experiments.report import EVALUATION, report_above, typeset
 from twicing.experiments.results import replace_file
 from twicing.experiments.statistics import number
 
@@ -34,6 +34,7 @@ def write_page(folder: Path) -> Path:
     about, verdicts = section.about, read_verdicts(folder)
     page = environment.get_template("evaluation.html").render(
         section=section,
+        report=report_above(folder, EVALUATION),
         styles=section.styles,
         verdicts=[verdict_on(verdicts, arm) for arm in section.arms],
         subjects=list(about["subjects"].values()),

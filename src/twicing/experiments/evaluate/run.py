@@ -25,7 +25,7 @@ from twicing.experiments.evaluate.pretrained import timm_subject
 from twicing.experiments.evaluate.subjects import Subject, trained_subjects
 from twicing.experiments.evaluate.tasks import HELD_OUT, Task, tasks_of
 from twicing.experiments.plan import CONFIG
-from twicing.experiments.report import EVALUATION, REPORT, write_report
+from twicing.experiments.report import EVALUATION, report_above, write_report
 from twicing.experiments.results import BASELINE, Environment, environment
 from twicing.experiments.telling import tell
 from twicing.names import few
@@ -60,9 +60,10 @@ def evaluate(options: Evaluate, console: Console, command: str) -> Path:
                     _do(subject, own, options, folder, where, device, display)
         collect(folder)
         page = write_page(folder)
-    if folder.name == EVALUATION and (folder.parent / REPORT).exists():
-        # The comparison's report has a section for it.
-        write_report(folder.parent)
+    report = report_above(folder, EVALUATION)
+    if report:
+        # It has a section for it.
+        write_report(report.parent)
     print_results(folder, console)
     tell(console, f"Page: {page}")
     return page
