@@ -28,17 +28,13 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=["as-planned", "row-blocks", "some-kept", "made-twice"])
+@pytest.fixture(params=["as-planned", "row-blocks"])
 def cut(request, monkeypatch):
-    """Small calls fit into one block: make the blocks small, and the memory for what is kept."""
+    """Small calls fit into one block: make the blocks small."""
     if request.param != "as-planned":
-        monkeypatch.setattr(plan, "BLOCK_BYTES", 16 << 10)
-        monkeypatch.setattr(plan, "CAUSAL_BLOCK_BYTES", 16 << 10)
+        monkeypatch.setattr(plan, "BOX_BYTES", 16 << 10)
+        monkeypatch.setattr(plan, "ROWS_BYTES", 16 << 10)
         monkeypatch.setattr(plan, "WHOLE_BYTES", {"forward": 0, "backward": 0})
-    if request.param == "some-kept":
-        monkeypatch.setattr(plan, "KEPT_BYTES", 64 << 10)
-    if request.param == "made-twice":
-        monkeypatch.setattr(plan, "KEPT_BYTES", 0)
     return request.param
 
 

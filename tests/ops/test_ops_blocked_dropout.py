@@ -14,14 +14,12 @@ call = partial(twicing_attention, backend="blocked")
 N = 37
 
 
-@pytest.fixture(params=["one-block", "row-blocks", "made-twice"])
+@pytest.fixture(params=["one-block", "row-blocks"])
 def cut(request, monkeypatch):
     if request.param != "one-block":
-        monkeypatch.setattr(plan, "BLOCK_BYTES", 4 << 10)
-        monkeypatch.setattr(plan, "CAUSAL_BLOCK_BYTES", 4 << 10)
+        monkeypatch.setattr(plan, "BOX_BYTES", 4 << 10)
+        monkeypatch.setattr(plan, "ROWS_BYTES", 4 << 10)
         monkeypatch.setattr(plan, "WHOLE_BYTES", {"forward": 0, "backward": 0})
-    if request.param == "made-twice":
-        monkeypatch.setattr(plan, "KEPT_BYTES", 0)
 
 
 @pytest.fixture

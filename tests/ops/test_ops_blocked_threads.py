@@ -23,7 +23,7 @@ def three_threads():
 @pytest.fixture
 def small_boxes(monkeypatch):
     """One head for each thread in a box, so that small calls have several."""
-    monkeypatch.setattr(plan, "BLOCK_BYTES", 16 << 10)
+    monkeypatch.setattr(plan, "BOX_BYTES", 16 << 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -71,5 +71,5 @@ def test_a_box_has_a_head_for_every_thread(tokens, three_threads):
 
 
 def test_threads_without_room_for_a_head_each_share_one(three_threads, monkeypatch):
-    monkeypatch.setattr(plan, "KEPT_BYTES", 5 << 20)
+    monkeypatch.setattr(plan, "MOST_BYTES", 5 << 20)
     assert plan.plan(24, 1024, 4, is_causal=False, direction="forward").heads == 1

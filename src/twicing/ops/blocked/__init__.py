@@ -12,7 +12,7 @@ from twicing.ops.blocked.operator import blocked_forward
 from twicing.ops.call import Call
 from twicing.ops.custom_op import four_axes, inside_torch_func_derivative, mask_with_four_axes
 
-ABOUT = "on the CPU: A made once, a few heads at a time in a reused buffer, with its own backward; O(N) memory + 64 MiB"
+ABOUT = "on the CPU: a few heads at a time, A in a reused buffer, with its own backward; O(N) memory + 64 MiB at most"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twicing.ops.blocked.blocks import Blocks
 from twicing.ops.blocked.plan import Plan
 from twicing.ops.blocked.scratch import Scratch
 from twicing.ops.blocked.weights import Heads, rows_of
@@ -46,7 +45,8 @@ class Backward:
     """The backward of one box after another, with one set of buffers."""
 
     def __init__(self, plan: Plan, width: int, value_width: int, scratch: Scratch, *, has_dropout: bool):
-        self.blocks = Blocks(plan, scratch)
+        self.rows = plan.row_blocks()
+        self.block = scratch.take(plan.block_size)
         self.d_block = scratch.take(plan.block_size)
         self.dropped = scratch.take(plan.block_size if has_dropout else 0)
         self.product = scratch.take(plan.heads * plan.tokens * max(width, value_width))
@@ -71,16 +71,21 @@ class Backward:
             inverse=saved.inverse,
         )  # fmt: skip
         box.prepare()
-        for rows, weights in self.blocks.made(box.make, backwards=heads.is_causal):
-            is_first = rows == self.blocks.rows[-1 if heads.is_causal else 0]
-            box.to_boosted(weights, rows, first=is_first)
-            if heads.is_causal:
+        last = self.rows[-1]
+        if heads.is_causal:
+            for rows in reversed(self.rows):
+                weights = box.make(self.block, rows)
+                box.to_boosted(weights, rows, first=rows is last)
                 box.complete(rows)
-                box.to_inputs(weights, rows, first=is_first)
-        if not heads.is_causal:
+                box.to_inputs(weights, rows, first=rows is last)
+        else:
+            for rows in self.rows:
+                weights = box.make(self.block, rows)
+                box.to_boosted(weights, rows, first=rows.start == 0)
             box.complete(slice(0, heads.tokens))
-            for rows, weights in self.blocks.again(box.make, heads.block):
-                box.to_inputs(weights, rows, first=rows == self.blocks.rows[-1])
+            box.to_inputs(weights, last, first=True)
+            for rows in self.rows[:-1]:
+                box.to_inputs(box.make(self.block, rows), rows, first=False)
         box.finish()
 
 

@@ -1,8 +1,8 @@
 """The forward of a box of heads: U = A R with R = V + g (V - A V), by blocks of rows of A.
 
 A = diag(c) P, where P = exp(S - shift), and c multiplies the few columns of a product instead of those of A. Without a
-causal order all of R is needed before any of U: two sweeps over the blocks, which are kept or made again. With it, R of
-earlier rows is final, so that one sweep uses each block for both and forgets it.
+causal order all of R is needed before any of U: two sweeps over the blocks, which are made again, but for the last (and
+so for the only one, where all of A is one block). With it, R of earlier rows is final: one sweep uses each for both.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twicing.ops.blocked.blocks import Blocks
 from twicing.ops.blocked.plan import Plan
 from twicing.ops.blocked.scratch import Scratch
 from twicing.ops.blocked.weights import LEAST_SUM, MOST_SUM, Heads, rows_of
@@ -30,7 +29,8 @@ class Forward:
     """The forward of one box after another, with one set of buffers."""
 
     def __init__(self, plan: Plan, value_width: int, scratch: Scratch, *, has_dropout: bool):
-        self.blocks = Blocks(plan, scratch)
+        self.rows = plan.row_blocks()
+        self.block = scratch.take(plan.block_size)
         self.boosted = scratch.take(plan.heads, plan.tokens, value_width)
         self.product = scratch.take(plan.heads * plan.rows * value_width)
         self.dropped = scratch.take(plan.block_size if has_dropout else 0)
@@ -38,13 +38,14 @@ class Forward:
     def run(self, heads: Heads, result: Result) -> None:
         """Fill the result."""
         box = _Box(heads, result, self.boosted[: len(result.output)], self.product, self.dropped)
-        for rows, weights in self.blocks.made(box.make):
+        for rows in self.rows:
+            weights = box.make(self.block, rows)
             box.smooth_values(weights, rows)
-            if heads.is_causal:
+            if heads.is_causal or rows is self.rows[-1]:
                 box.smooth_boosted(weights, rows)
         if not heads.is_causal:
-            for rows, weights in self.blocks.again(box.make_again, heads.block):
-                box.smooth_boosted(weights, rows)
+            for rows in self.rows[:-1]:
+                box.smooth_boosted(box.make_again(self.block, rows), rows)
 
 
 @dataclass(frozen=True)

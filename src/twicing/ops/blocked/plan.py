@@ -5,32 +5,29 @@ from dataclasses import dataclass
 
 import torch
 
-# Of a block, for each thread that shares its kernels: 1 to 4 MiB were best where a core's second-level cache had 2.
-BLOCK_BYTES = 2 << 20
+# Of A in a box, for each thread that shares its kernels: 1 to 4 MiB were best where a core's second-level cache had 2.
+BOX_BYTES = 2 << 20
 # A head's A that is no larger is one block: one product of all rows is faster than several that stay in the cache. A
 # backward works on a block of dA beside it.
 WHOLE_BYTES = {"forward": 16 << 20, "backward": 4 << 20}
-# Of A, at a time. What finds no room is made twice instead of being kept: memory stays O(N).
-KEPT_BYTES = 64 << 20
+# Blocks of some rows of a head, made anew wherever they are needed: keeping them in memory was no faster.
+ROWS_BYTES = 4 << 20
 # Products of fewer rows are too thin to be fast.
 LEAST_ROWS = 16
-# Blocks of rows in a causal sweep, which wastes half a block of each; rows and bytes that suffice however long it is.
+# Blocks of rows in a causal sweep, which wastes half a block of each, and the rows that suffice however long it is.
 CAUSAL_BLOCKS = 8
 CAUSAL_ROWS = 256
-CAUSAL_BLOCK_BYTES = 4 << 20
+# Of a box with a head for every thread, however many there are.
+MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """heads: how many are worked on together; rows: of A in one block; kept: how many blocks of a box are kept.
-
-    The last block of a box needs no room of its own. Others that find none are made again when they are needed again.
-    """
+    """heads: how many are worked on together; rows: of A in one block."""
 
     tokens: int
     heads: int
     rows: int
-    kept: int
 
     @property
     def block_size(self) -> int:
@@ -45,19 +42,16 @@ class Plan:
 def plan(heads: int, tokens: int, element_size: int, *, is_causal: bool, direction: str) -> Plan:
     """The cut for so many heads, with element_size bytes for each number of A. direction: forward or backward."""
     threads, row_bytes = torch.get_num_threads(), max(1, tokens) * element_size
-    most_bytes = CAUSAL_BLOCK_BYTES if is_causal else BLOCK_BYTES
-    rows = max(LEAST_ROWS, most_bytes // row_bytes // LEAST_ROWS * LEAST_ROWS)
+    rows = max(LEAST_ROWS, ROWS_BYTES // row_bytes // LEAST_ROWS * LEAST_ROWS)
     if is_causal:
         rows = min(rows, CAUSAL_ROWS, max(LEAST_ROWS, -(-tokens // CAUSAL_BLOCKS)))
     elif tokens * row_bytes <= WHOLE_BYTES[direction]:
         rows = tokens
     rows = max(1, min(rows, tokens))
     block_bytes = rows * row_bytes
-    # A head for each thread, if there is room.
-    together = max(BLOCK_BYTES * threads // block_bytes, min(threads, KEPT_BYTES // block_bytes))
-    together = max(1, min(together, heads))
-    kept = 0 if is_causal else min(-(-tokens // rows) - 1, KEPT_BYTES // (together * block_bytes))
-    return Plan(tokens, together, rows, kept)
+    one_for_each_thread = min(threads, MOST_BYTES // block_bytes)
+    together = max(BOX_BYTES * threads // block_bytes, one_for_each_thread)
+    return Plan(tokens, max(1, min(together, heads)), rows)
 
 
 @dataclass(frozen=True)
