@@ -5,6 +5,7 @@ causal order all of R is needed before any of U: two sweeps over the blocks, whi
 so for the only one, where all of A is one block). With it, R of earlier rows is final: one sweep uses each for both.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from twicing.ops.blocked.weights import LEAST_SUM, MOST_SUM, Heads, rows_of
 
 @dataclass(frozen=True)
 class Result:
-    """What is filled for G heads: U and O = A V, [G, N, Dv]; shift and c, [G, N, 1]."""
+    """What is filled for G = b h heads: U, [b, h, N, Dv], in any dtype; O = A V, [G, N, Dv]; shift and c, [G, N, 1]."""
 
     output: Tensor
     smoothed: Tensor
@@ -37,7 +38,7 @@ class Forward:
 
     def run(self, heads: Heads, result: Result) -> None:
         """Fill the result."""
-        box = _Box(heads, result, self.boosted[: len(result.output)], self.product, self.dropped)
+        box = _Box(heads, result, self.boosted[: len(result.smoothed)], self.product, self.dropped)
         for rows in self.rows:
             weights = box.make(self.block, rows)
             box.smooth_values(weights, rows)
@@ -85,19 +86,22 @@ class _Box:
 
     def smooth_values(self, weights: Tensor, rows: slice) -> None:
         """O = A V and R = V + g (V - O) of these rows."""
-        smoothed = self.smooth(weights, self.heads.value, rows, self.result.smoothed)
+        product, smoothed = self.product_with(weights, self.heads.value, rows), rows_of(self.result.smoothed, rows)
+        torch.mul(product, rows_of(self.result.inverse, rows), out=smoothed)
         # lerp is exact at gain 0, where R is V.
         torch.lerp(smoothed, rows_of(self.heads.value, rows), self.heads.gain_and_one, out=rows_of(self.boosted, rows))
 
     def smooth_boosted(self, weights: Tensor, rows: slice) -> None:
         """U = A R of these rows."""
-        self.smooth(weights, self.boosted, rows, self.result.output)
+        product, inverse = self.product_with(weights, self.boosted, rows), rows_of(self.result.inverse, rows)
+        by_entry = self.heads.by_entry
+        torch.mul(by_entry(product), by_entry(inverse), out=self.result.output[:, :, rows])
 
-    def smooth(self, weights: Tensor, values: Tensor, rows: slice, out: Tensor) -> Tensor:
-        """A, as dropout leaves it, times the values: these rows of out."""
+    def product_with(self, weights: Tensor, values: Tensor, rows: slice) -> Tensor:
+        """P of these rows, as dropout leaves it, times the values, [G, rows, Dv]; until the next one is asked for."""
         if self.heads.dropout is not None:
             weights = self.heads.kept(self.dropped, rows).mul_(weights)
-        values, out = rows_of(values, self.heads.columns(rows)), rows_of(out, rows)
-        # Not into out: a batch of products is fast only where the whole result is contiguous, and some rows are not.
-        product = torch.bmm(weights, values, out=self.product[: out.numel()].view(out.shape))
-        return torch.mul(product, rows_of(self.result.inverse, rows), out=out)
+        values = rows_of(values, self.heads.columns(rows))
+        size = *weights.shape[:2], values.shape[-1]
+        # Not into its place: a batch of products is fast only where all of the result is contiguous.
+        return torch.bmm(weights, values, out=self.product[: math.prod(size)].view(size))

@@ -31,19 +31,27 @@ def blocked_forward(
     """
     walk = Walk(query, key, value, attn_mask, gain, seed, dropout_p, is_causal, scale, "forward")
     width = value.shape[-1]
-    output = walk.empty(width)
+    output = _output_of(query, width)
     kept = (walk.empty(width), walk.empty(1), walk.empty(1)) if is_training else None
     scratch = Scratch(walk.dtype)
     forward = Forward(walk.plan, width, scratch, has_dropout=seed is not None)
     forgotten = [scratch.take(walk.plan.heads, walk.tokens, columns) for columns in (width, 1, 1)]
     for box in walk.boxes():
         rest = [room[: len(box)] for room in forgotten] if kept is None else [part[box.flat] for part in kept]
-        forward.run(walk.heads_of(box), Result(output[box.flat], *rest))
+        forward.run(walk.heads_of(box), Result(output[box.batch, box.heads], *rest))
     smoothed, shift, inverse = (
         query.new_empty(0) if kept is None else kept[part].view(*query.shape[:-1], columns)
         for part, columns in enumerate((width, 1, 1))
     )
-    return output.view(*query.shape[:-1], width).to(query.dtype), smoothed, shift, inverse
+    return output, smoothed, shift, inverse
+
+
+def _output_of(query: Tensor, width: int) -> Tensor:
+    """Room for U, [B, H, N, Dv]; as SDPA has it, with the heads of a token side by side where the query has them so."""
+    batch, heads, tokens, _ = query.shape
+    if query.is_contiguous():
+        return query.new_empty(batch, heads, tokens, width)
+    return query.new_empty(batch, tokens, heads, width).transpose(1, 2)
 
 
 @torch.library.custom_op("twicing::blocked_backward", mutates_args=(), device_types="cpu")
@@ -72,9 +80,6 @@ def blocked_backward(
     d_mask = None
     if attn_mask is not None and needs_d_mask:
         d_mask = torch.zeros(attn_mask.shape, dtype=walk.dtype)
-    upstream, output, smoothed, shift, inverse = (
-        walk.in_a_row(tensor) for tensor in (upstream, output, smoothed, shift, inverse)
-    )
     is_shifted = bool(shift.any())
     widths = query.shape[-1], value.shape[-1]
     backward = Backward(walk.plan, *widths, Scratch(walk.dtype), has_dropout=seed is not None)
@@ -87,11 +92,11 @@ def blocked_backward(
             attn_mask=None if d_mask is None else walk.mask_part(d_mask, box),
         )
         saved = Saved(
-            upstream=upstream[box.flat],
-            output=output[box.flat],
-            smoothed=smoothed[box.flat],
-            shift=shift[box.flat] if is_shifted else None,
-            inverse=inverse[box.flat],
+            upstream=walk.part(upstream, box),
+            output=walk.part(output, box),
+            smoothed=walk.part(smoothed, box),
+            shift=walk.part(shift, box) if is_shifted else None,
+            inverse=walk.part(inverse, box),
         )
         backward.run(walk.heads_of(box), saved, gradients)
     return (
@@ -108,10 +113,10 @@ def _fake_forward(query: Tensor, _key: Tensor, value: Tensor, *others: Any) -> t
     shape, of_rows = ((*query.shape[:-1], width) for width in (value.shape[-1], 1))
     is_training = others[-1]
     if not is_training:
-        return query.new_empty(shape), query.new_empty(0), query.new_empty(0), query.new_empty(0)
+        return _output_of(query, value.shape[-1]), query.new_empty(0), query.new_empty(0), query.new_empty(0)
     wide = torch.promote_types(query.dtype, torch.float32)
     smoothed, shift, inverse = (query.new_empty(size, dtype=wide) for size in (shape, of_rows, of_rows))
-    return query.new_empty(shape), smoothed, shift, inverse
+    return _output_of(query, value.shape[-1]), smoothed, shift, inverse
 
 
 @blocked_backward.register_fake

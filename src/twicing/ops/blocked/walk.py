@@ -28,7 +28,7 @@ class Walk:
         self.batch, self.heads, self.tokens, _ = query.shape
         self.count = self.batch * self.heads
         self.dtype = torch.promote_types(query.dtype, torch.float32)
-        self.query, self.key, self.value = (self.in_a_row(tensor) for tensor in (query, key, value))
+        self.query, self.key, self.value = query, key, value
         self.attn_mask = attn_mask
         gains = gain if len(gain) == 1 else gain.expand(self.batch, self.heads)
         self.gain = gains.to(self.dtype).reshape(-1, 1, 1)
@@ -65,15 +65,16 @@ class Walk:
             dropout=self.dropout,
         )
 
-    def in_a_row(self, tensor: Tensor) -> Tensor:
-        """All heads of [B, h, N, D] as [B h, N, D], in the dtype of the sums: copied where it is not so in memory."""
-        return tensor.reshape(tensor.shape[0] * tensor.shape[1], *tensor.shape[2:]).to(self.dtype)
-
     def part(self, tensor: Tensor, box: Box) -> Tensor:
-        """The heads of a box, [G, N, D], of all in a row; keys and values that serve several queries are repeated."""
-        if len(tensor) == self.count:
-            return tensor[box.flat]
-        return tensor[torch.arange(box.flat.start, box.flat.stop) // (self.count // len(tensor))]
+        """The heads of a box, [G, N, D], of [B, h, N, D], in the dtype of the sums, copied where they lie apart.
+
+        Keys and values that serve several queries are repeated.
+        """
+        heads: slice | Tensor = box.heads
+        if tensor.shape[1] != self.heads:
+            heads = torch.arange(box.heads.start, box.heads.stop) // (self.heads // tensor.shape[1])
+        part = tensor[box.batch, heads].to(self.dtype, memory_format=torch.contiguous_format)
+        return part.reshape(len(box), *tensor.shape[2:])
 
     def mask_part(self, mask: Tensor, box: Box) -> Tensor:
         """The mask of a box, with the axes of length 1 that it has."""
