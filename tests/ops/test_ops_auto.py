@@ -51,7 +51,8 @@ def test_the_bounds_are_of_the_record(name, is_causal):
     assert min(shape[0] * shape[1] for shape, _ in RATIOS) == attention.BLOCKED_LEAST_HEADS
     assert taken((1, 7, fewest, 64), is_causal=is_causal) == "sdpa"
     assert taken((8, fewest, 64), is_causal=is_causal) == "blocked"
-    assert taken((1, 8, fewest, 63), is_causal=is_causal) == "sdpa"
+    assert min(shape[3] for shape, _ in RATIOS) == attention.BLOCKED_LEAST_WIDTH
+    assert taken((1, 8, fewest, 15), is_causal=is_causal) == "sdpa"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])

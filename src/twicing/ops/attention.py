@@ -35,8 +35,8 @@ BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "reference": reference, "blocked":
 BLOCKED_RECORD = "benchmarks/results/ops-cpu-2-threads-float32.csv"
 BLOCKED_MOST_THREADS = 2
 BLOCKED_LEAST_HEADS = 8
-BLOCKED_LEAST_WIDTH = 64
-BLOCKED_TOKENS = {"full": (197, 1024), "causal": (1024, 4096)}
+BLOCKED_LEAST_WIDTH = 16
+BLOCKED_TOKENS = {"full": (197, 4096), "causal": (512, 4096)}
 
 
 def twicing_attention(
@@ -67,9 +67,9 @@ def twicing_attention(
     gain: g, a finite number, or a tensor of one element or [H], H the query heads, with a gradient. 1 is the paper's,
         0 is standard attention; in [0, 1] every eigenvalue of A that lies in [0, 1] stays there.
     backend: how, never what: "sdpa", "reference", "blocked" (CPU, order 2), "triton" (GPU, orders 1 and 2), or "auto":
-        "blocked" where a record says that it is faster (fp32 on one or two threads of the CPU, wide heads, hundreds of
-        tokens), else "sdpa" where it serves the call, else "reference" (see explain_backend()). One that is asked for
-        by name and cannot serve the call raises.
+        "blocked" where a record says that it is faster (fp32 on one or two threads of the CPU, several heads, hundreds
+        to thousands of tokens), else "sdpa" where it serves the call, else "reference" (see explain_backend()). One
+        that is asked for by name and cannot serve the call raises.
     Returns U, [..., H, N, Dv], in the query's dtype (autocast's under autocast); half precision accumulates in fp32.
     Raises ValueError or TypeError, saying what was expected and what came.
     Source: arXiv 2503.00687, Definition 2 and Algorithm 1.
