@@ -130,15 +130,15 @@ def _is_blocked_faster(call: Call) -> bool:
     *others, tokens, width = call.query.shape
     fewest, most = BLOCKED_TOKENS["causal" if call.is_causal else "full"]
     return (
-        call.query.device.type == "cpu"
+        # An exported program should need nothing but PyTorch's own operators, and serve sizes that none of these do.
+        not torch.compiler.is_exporting()
+        and call.query.device.type == "cpu"
         and call.query.dtype == torch.float32
         and call.attn_mask is None
         and call.dropout_p == 0.0
         and width >= BLOCKED_LEAST_WIDTH
         and math.prod(others) >= BLOCKED_LEAST_HEADS
         and fewest <= tokens <= most
-        # An exported program should need nothing but PyTorch's own operators.
-        and not torch.compiler.is_exporting()
         and _settings_allow_blocked()
     )
 
