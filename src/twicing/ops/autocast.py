@@ -17,7 +17,8 @@ def as_autocast(tensor: Tensor) -> Tensor:
 
 
 def autocast_off(device: torch.device) -> AbstractContextManager[object]:
-    """A context in which dtypes are what the code says. The meta device knows no autocast, not even how to end it."""
-    if not torch.amp.is_autocast_available(device.type):
+    """A context in which dtypes are what the code says: none where they are anyway, since entering one takes time."""
+    # The meta device knows no autocast, not even how to end it.
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -13,7 +13,7 @@ from twicing.ops.boost import Smoother, boosted_values
 from twicing.ops.call import broadcastable_gain, check_mask, check_same_kind, check_shapes, to_query_heads
 from twicing.ops.decode_state import DecodeState
 from twicing.ops.empty_rows import NEGATIVE_INFINITY, empty_again, open_empty_rows
-from twicing.ops.reference import attention_matrix
+from twicing.ops.reference import checked_matrix
 
 # Up to so many new tokens, their rows of A are formed once, and K, V and R are read once each, which is what a step
 # waits for. More tokens are a prompt, where fused attention is faster though it forms the rows twice.
@@ -93,7 +93,7 @@ def _by_matrix(query: Tensor, keys: Tensor, mask: Tensor | None, scale: float | 
     key_heads, seen = keys.shape[1], keys.shape[2]
     if mask is not None and key_heads != heads:
         mask = mask.expand(batch, heads, tokens, seen).reshape(batch, key_heads, -1, seen)
-    attn = attention_matrix(query.reshape(batch, key_heads, -1, query.shape[-1]), keys, mask, scale=scale)
+    attn = checked_matrix(query.reshape(batch, key_heads, -1, query.shape[-1]), keys, mask, scale)
 
     def smooth(v: Tensor) -> Tensor:
         return (attn.reshape(batch, v.shape[1], -1, seen) @ v).reshape(batch, heads, tokens, -1)

@@ -58,14 +58,19 @@ def attention_matrix(
     check_same_kind(query=query, key=key)
     check_shapes(query, key, key, enable_gqa)
     check_mask(query, key, attn_mask, is_causal, enable_gqa)
+    key = to_query_heads(key, query, enable_gqa)
+    if is_causal:
+        attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+    return checked_matrix(query, key, attn_mask, scale)
+
+
+def checked_matrix(query: Tensor, key: Tensor, attn_mask: Tensor | None, scale: float | None) -> Tensor:
+    """The same of arguments that are checked, autocast's, and with a key head for every query head."""
     wide = torch.promote_types(query.dtype, torch.float32)
     # A width of 0 makes every score 0, whatever the scale.
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
-    key = to_query_heads(key, query, enable_gqa)
     with autocast_off(query.device):
         scores = scale * (query.to(wide) @ key.to(wide).mT)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is None:
         return scores.softmax(-1).to(query.dtype)
     opened, occupied = open_empty_rows(attn_mask)
