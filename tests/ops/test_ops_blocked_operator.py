@@ -6,11 +6,13 @@ from functools import partial
 import pytest
 import torch
 import torch._dynamo
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 from twicing import explain_backend, twicing_attention
 from twicing.ops.blocked import plan, scratch
 from twicing.ops.blocked.operator import blocked_backward, blocked_forward
+from twicing.ops.blocked.walk import Walk
 from twicing.testing import make_inputs, relative_rms
 
 call = partial(twicing_attention, backend="blocked")
@@ -154,6 +156,20 @@ def refused_calls():
 
 # The first forward-mode derivative in a process makes torch script its own functions.
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_tangents_are_refused_and_not_dropped(inputs):
+    """ "auto" leaves them to SDPA, which speaks for itself."""
+    q, k, v = inputs
+    with forward_ad.dual_level():
+        duals = forward_ad.make_dual(q, torch.ones_like(q)), forward_ad.make_dual(v, torch.ones_like(v))
+        for query, value in ((duals[0], v), (q, duals[1])):
+            with pytest.raises(ValueError, match=r"it has no forward-mode derivative\. Use backend='reference'\."):
+                call(query, k, value)
+        long = forward_ad.make_dual(torch.ones(8, 256, 16), torch.ones(8, 256, 16))
+        assert "takes 'sdpa'" in explain_backend(long, long, long)
+    assert call(*inputs).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 @pytest.mark.parametrize("name", refused_calls())
 def test_refused_with_a_sentence(name):
     run, sentence = refused_calls()[name]
@@ -271,6 +287,32 @@ def test_empty_calls(shape):
     assert output.shape == shape
     output.sum().backward()
     assert q.grad.shape == shape
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 0, 8), (0, 4, 5, 8)], ids=["tokens", "batch"])
+def test_empty_calls_with_grouped_heads(shape):
+    q, k = torch.randn(shape, requires_grad=True), torch.randn(shape)[:, :2].requires_grad_()
+    call(q, k, k, enable_gqa=True).sum().backward()
+    assert k.grad.shape == k.shape
+
+
+def test_heads_of_no_width_average():
+    """Without a query and a key every score is 0, and there may be no value either."""
+    nothing, v = torch.randn(2, 3, 5, 0), torch.randn(2, 3, 5, 4)
+    torch.testing.assert_close(call(nothing, nothing, v), v.mean(-2, keepdim=True).expand_as(v))
+    assert call(v, v, nothing).shape == nothing.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("together", [1, 4, 8])
+def test_what_a_box_is_computed_from_lies_together(together, dtype):
+    """Of heads that lie apart, as those of one projection do, every product over a block would gather again."""
+    query = torch.randn(2, N, 4, 8).to(dtype).transpose(1, 2)
+    walk = Walk(query, query, query, None, torch.ones(1), None, 0.0, False, 1.0, "forward")
+    for box in plan.boxes(2, 4, together):
+        part = walk.part(query, box)
+        assert part.is_contiguous()
+        assert torch.equal(part, query.flatten(0, 1)[box.flat].float())
 
 
 def test_leading_axes(generator):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from twicing.ops.call import Call
 
@@ -39,6 +40,12 @@ def inside_torch_func_derivative() -> bool:
     functorch = torch._C._functorch
     derivatives = (functorch.TransformType.Grad, functorch.TransformType.Jvp)
     return any(level.key() in derivatives for level in functorch.get_interpreter_stack() or ())
+
+
+def carries_tangents(call: Call) -> bool:
+    """Whether torch.autograd.forward_ad is at work on the call: operators of ours would drop tangents in silence."""
+    tensors = (call.query, call.key, call.value, call.attn_mask, call.gain)
+    return any(isinstance(tensor, Tensor) and unpack_dual(tensor).tangent is not None for tensor in tensors)
 
 
 def one_by_one(operator: Operator) -> Callable[..., Any]:

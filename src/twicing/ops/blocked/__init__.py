@@ -10,7 +10,12 @@ from torch import Tensor
 
 from twicing.ops.blocked.operator import blocked_forward
 from twicing.ops.call import Call
-from twicing.ops.custom_op import four_axes, inside_torch_func_derivative, mask_with_four_axes
+from twicing.ops.custom_op import (
+    carries_tangents,
+    four_axes,
+    inside_torch_func_derivative,
+    mask_with_four_axes,
+)
 
 ABOUT = "on the CPU: a few heads at a time, A in a reused buffer, with its own backward; O(N) memory + 64 MiB at most"
 
@@ -18,7 +23,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def refuses(call: Call) -> str | None:
-    """Other devices, dtypes and orders are refused, and derivatives by torch.func."""
+    """Other devices, dtypes and orders are refused, and derivatives by torch.func and in forward mode."""
     instead = "Use backend='sdpa' or 'reference' (or 'auto')."
     if call.query.device.type != "cpu":
         return f"it works on the CPU, and the query is on {call.query.device}. {instead}"
@@ -28,6 +33,8 @@ def refuses(call: Call) -> str | None:
         return f"it has order 2 only, and the order is {call.order}. {instead}"
     if inside_torch_func_derivative():
         return f"torch.func.grad and its kin cannot differentiate an operator with its own backward. {instead}"
+    if carries_tangents(call):
+        return "it has no forward-mode derivative. Use backend='reference'."
     return None
 
 
@@ -38,7 +45,8 @@ def run(call: Call) -> Tensor:
     gain = call.gain if isinstance(call.gain, Tensor) else torch.full((1,), call.gain, dtype=torch.float64)
     inputs = (*qkv, mask, gain.reshape(-1))
     seed = torch.randint(1 << 62, ()) if call.dropout_p > 0.0 else None
-    scale = 1.0 / math.sqrt(call.query.shape[-1]) if call.scale is None else call.scale
+    # A width of 0 makes every score 0, whatever the scale.
+    scale = 1.0 / math.sqrt(max(call.query.shape[-1], 1)) if call.scale is None else call.scale
     is_training = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs)
     output, *_ = blocked_forward(*inputs, seed, call.dropout_p, call.is_causal, scale, is_training)
     return output.reshape(*batch, *heads, *output.shape[-2:])

@@ -36,7 +36,9 @@ class Walk:
         self.dropout = None if seed is None else Dropout(dropout_p, int(seed.item()))
         self.is_causal, self.scale = is_causal, scale
         size = self.count, self.tokens, self.dtype.itemsize
-        self.plan = plan(*size, is_causal=is_causal, direction=direction)
+        # Weights are drawn block by block: both directions have to cut the rows alike.
+        cut_as = direction if self.dropout is None else "backward"
+        self.plan = plan(*size, is_causal=is_causal, direction=cut_as)
 
     def empty(self, width: int) -> Tensor:
         """Room for a result of every head, [B H, N, width]."""
@@ -74,7 +76,8 @@ class Walk:
         if tensor.shape[1] != self.heads:
             heads = torch.arange(box.heads.start, box.heads.stop) // (self.heads // tensor.shape[1])
         part = tensor[box.batch, heads].to(self.dtype, memory_format=torch.contiguous_format)
-        return part.reshape(len(box), *tensor.shape[2:])
+        # to() leaves what has the dtype as it lies.
+        return part.reshape(len(box), *tensor.shape[2:]).contiguous()
 
     def mask_part(self, mask: Tensor, box: Box) -> Tensor:
         """The mask of a box, with the axes of length 1 that it has."""
@@ -85,7 +88,8 @@ class Walk:
     def to_heads_of(self, tensor: Tensor, gradient: Tensor) -> Tensor:
         """A gradient of every query head, summed over those that a head of the tensor serves, in the tensor's dtype."""
         if tensor.shape[1] != self.heads:
-            gradient = gradient.view(self.batch, tensor.shape[1], -1, *tensor.shape[2:]).sum(2)
+            served = self.heads // tensor.shape[1]
+            gradient = gradient.view(self.batch, tensor.shape[1], served, *tensor.shape[2:]).sum(2)
         return gradient.view(tensor.shape).to(tensor.dtype)
 
     def to_gains_of(self, gain: Tensor, gradient: Tensor) -> Tensor:

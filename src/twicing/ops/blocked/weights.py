@@ -17,7 +17,7 @@ LEAST_SUM, MOST_SUM = 1e-15, 1e15
 
 @dataclass(frozen=True)
 class Dropout:
-    """Which weights are dropped: the same for the same seed, head and rows, so that a backward can draw them again.
+    """Which weights are dropped: the same for the same seed, head and block of rows, for a backward to draw them again.
 
     However heads were put together in boxes then: that depends on the number of threads.
     """

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from twicing.ops.call import Call
-from twicing.ops.custom_op import four_axes, inside_torch_func_derivative, mask_with_four_axes
+from twicing.ops.custom_op import (
+    carries_tangents,
+    four_axes,
+    inside_torch_func_derivative,
+    mask_with_four_axes,
+)
 from twicing.ops.triton.operator import triton_forward
 
 ABOUT = "on a GPU: fused kernels, forward and backward, deterministic; O(N) memory"
@@ -58,6 +63,8 @@ def refuses(call: Call) -> str | None:
         )
     if inside_torch_func_derivative():
         return f"torch.func.grad and its kin cannot differentiate an operator with its own backward. {instead}"
+    if carries_tangents(call):
+        return "it has no forward-mode derivative. Use backend='reference'."
     return None
 
 
