@@ -30,10 +30,10 @@ SHAPES = {
 
 @pytest.fixture(params=["as-planned", "row-blocks"])
 def cut(request, monkeypatch):
-    """Small calls fit into one block: make the blocks small."""
+    """Small calls fit into one block: make the blocks small, of 16 rows, and boxes of one to three heads."""
     if request.param != "as-planned":
-        monkeypatch.setattr(plan, "BOX_BYTES", 16 << 10)
-        monkeypatch.setattr(plan, "ROWS_BYTES", 16 << 10)
+        monkeypatch.setattr(plan, "BOX_BYTES", 8 << 10)
+        monkeypatch.setattr(plan, "ROWS_BYTES", 1)
         monkeypatch.setattr(plan, "WHOLE_BYTES", {"forward": 0, "backward": 0})
     return request.param
 
@@ -74,6 +74,24 @@ def test_scores_beyond_what_exp_can_take(scale, is_causal, cut, generator):
     """Scores of some thousands: exp(S) overflows, and rows without a large score would vanish."""
     inputs = make_inputs((2, 3, 63, 16), generator=generator, peaked=True)
     assert_within_budget(measured_errors(call, *inputs, is_causal=is_causal, scale=scale, generator=generator))
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_scores_that_exp_can_take_and_large_values(is_causal, generator):
+    """exp(S) is finite, but its products with values and gradients would not be."""
+    q, k, v = make_inputs((1, 2, 40, 8), generator=generator)
+    q, k = q.clone(), k.clone()
+    q[..., 0], k[..., 0] = 37.5, 2.0
+    options = {"is_causal": is_causal, "scale": 1.0, "generator": generator}
+    assert_within_budget(measured_errors(call, q, k, 1e4 * v, **options))
+
+
+def test_rows_that_need_a_shift_beside_rows_that_need_none(cut, generator):
+    """In one block: rows of zeros among rows of scores of some thousands."""
+    q, k, v = make_inputs((2, 3, 63, 16), generator=generator, peaked=True)
+    q = q.clone()
+    q[:, :, ::3] = 0.0
+    assert_within_budget(measured_errors(call, q, k, v, scale=30.0, generator=generator))
 
 
 def test_a_scale_of_zero_averages(generator):
@@ -138,6 +156,14 @@ def test_masks_and_their_gradients(name, kind, dtype, cut, generator):
     assert_within_budget(errors)
 
 
+@pytest.mark.parametrize("scale", [30.0, -30.0])
+@pytest.mark.parametrize("name", ["rows", "padding"])
+def test_huge_scores_that_a_mask_forbids_do_not_shift_the_allowed_ones(name, scale, cut, generator):
+    """A maximum over what is forbidden would make whole rows vanish; and the shift of an empty row is zero."""
+    inputs = make_inputs((2, 3, 37, 16), generator=generator, peaked=True)
+    assert_within_budget(measured_errors(call, *inputs, masks(generator)[name], scale=scale, generator=generator))
+
+
 def test_a_float_mask_of_fp32_beside_half_precision(generator):
     q, k, v = make_inputs((2, 3, 37, 8), generator=generator, dtype=torch.bfloat16)
     bias = torch.randn(37, 37, generator=generator).requires_grad_()
@@ -167,11 +193,13 @@ def test_nothing_may_be_attended_to_at_all(generator):
     assert all(torch.equal(gradient, torch.zeros_like(v)) for gradient in gradients(call, (q, k, v), nothing))
 
 
-def test_a_diverged_head_shows_and_spoils_no_other(cut, generator):
+@pytest.mark.parametrize("scale", [0.3, 100.0])
+def test_a_diverged_head_shows_and_spoils_no_other(scale, cut, generator):
+    """Heads with scores that exp cannot take neither: a NaN beside them is neither too small nor too large a sum."""
     q, k, v = make_inputs((2, 3, 37, 8), generator=generator)
-    expected = call(q, k, v)
+    expected = call(q, k, v, scale=scale)
     q[1, 1, 4, 0] = float("nan")
-    output = call(q, k, v)
+    output = call(q, k, v, scale=scale)
     assert output[1, 1].isnan().all()
     sound = torch.ones(2, 3, dtype=torch.bool)
     sound[1, 1] = False
@@ -243,8 +271,9 @@ def test_two_calls_give_the_same_bits(cut, generator):
     assert all(torch.equal(first, second) for first, second in zip(firsts, seconds, strict=True))
 
 
-def test_with_and_without_gradients_it_gives_the_same_bits(generator):
-    inputs = make_inputs((2, 4, 197, 16), generator=generator)
+def test_with_and_without_gradients_it_gives_the_same_bits(cut, generator):
+    """Where boxes are of one and of two heads too."""
+    inputs = make_inputs((2, 3, 63, 16), generator=generator)
     with torch.inference_mode():
         outputs = [call(*inputs)]
     outputs.append(call(*inputs))

@@ -55,6 +55,14 @@ def test_opcheck(name, dtype, inputs):
     opcheck(blocked_backward, (torch.randn_like(saved[0]), *saved, *plain, True, needs_d_mask))
 
 
+@pytest.mark.parametrize("is_training", [False, True])
+def test_a_compiler_is_told_how_the_output_lies_in_memory(is_training):
+    """With heads that one projection made, the heads of a token side by side."""
+    packed = torch.randn(2, N, 3, 4, 8).permute(2, 0, 3, 1, 4)
+    arguments = (*packed, None, torch.ones(1), None, 0.0, False, 0.3, is_training)
+    opcheck(blocked_forward, arguments, test_utils="test_faketensor")
+
+
 CALLS = {
     "plain": {},
     "causal": {"is_causal": True},
@@ -248,6 +256,8 @@ def test_scratch_made_in_inference_mode_serves_outside_of_it(inputs):
 def test_scratch_lends_no_memory_twice_and_no_more_than_it_has():
     room = scratch.Scratch(torch.float64)
     taken = [room.take(3, 5), room.take(7), room.take(0), room.take(1, 2, 3)]
+    # In tests, where algorithms are deterministic.
+    assert all(tensor.isnan().all() for tensor in taken)
     for number, tensor in enumerate(taken):
         tensor.fill_(number)
     assert [float(tensor.sum()) for tensor in taken] == [0.0, 7.0, 0.0, 18.0]
@@ -267,6 +277,9 @@ def test_plans_cover_every_row_once_within_their_memory(tokens, is_causal, direc
     assert 4 * made.block_size <= threads * max(sides)
     is_whole = not is_causal and tokens <= {"forward": 2048, "backward": 1024}[direction]
     assert is_causal or (len(blocks) == 1) == (is_whole and tokens > 0)
+    # Buffers are no larger than the call.
+    few = plan.plan(1, tokens, 4, is_causal=is_causal, direction=direction)
+    assert (few.heads, few.rows <= max(1, tokens)) == (1, True)
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 5, 7, 100])

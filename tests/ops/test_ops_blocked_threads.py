@@ -70,6 +70,14 @@ def test_a_box_has_a_head_for_every_thread(tokens, three_threads):
     assert made.heads >= 3
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("tokens", [1, 197, 1024, 2048, 60_000])
+def test_however_many_threads_there_are_a_box_has_no_more_of_a_than_it_may(tokens, direction, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 128)
+    made = plan.plan(1 << 30, tokens, 4, is_causal=False, direction=direction)
+    assert made.block_size * 4 <= plan.MOST_BYTES
+
+
 def test_threads_without_room_for_a_head_each_share_one(three_threads, monkeypatch):
     monkeypatch.setattr(plan, "MOST_BYTES", 5 << 20)
     assert plan.plan(24, 1024, 4, is_causal=False, direction="forward").heads == 1

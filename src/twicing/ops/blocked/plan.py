@@ -17,7 +17,7 @@ LEAST_ROWS = 16
 # Blocks of rows in a causal sweep, which wastes half a block of each, and the rows that suffice however long it is.
 CAUSAL_BLOCKS = 8
 CAUSAL_ROWS = 256
-# Of a box with a head for every thread, however many there are.
+# Of A in a box, however many threads there are.
 MOST_BYTES = 64 << 20
 
 
@@ -50,7 +50,7 @@ def plan(heads: int, tokens: int, element_size: int, *, is_causal: bool, directi
     rows = max(1, min(rows, tokens))
     block_bytes = rows * row_bytes
     one_for_each_thread = min(threads, MOST_BYTES // block_bytes)
-    together = max(BOX_BYTES * threads // block_bytes, one_for_each_thread)
+    together = max(min(BOX_BYTES * threads, MOST_BYTES) // block_bytes, one_for_each_thread)
     return Plan(tokens, max(1, min(together, heads)), rows)
 
 
