@@ -68,7 +68,7 @@ def test_masks_and_dropout_are_not_on_record():
 
 def test_explain_backend_names_the_record():
     text = explain_backend(*[torch.empty(2, 8, 256, 64)] * 3)
-    assert f"takes 'blocked', faster than two SDPA calls for such a call on record ({attention.BLOCKED_RECORD})" in text
+    assert f"takes 'blocked', faster than 'sdpa' for such a call on record ({attention.BLOCKED_RECORD})" in text
 
 
 def test_auto_computes_what_it_names():

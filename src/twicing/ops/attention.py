@@ -110,7 +110,7 @@ def explain_backend(
     chosen = _chosen(backend, call)
     why = "as asked for"
     if backend == "auto":
-        on_record = f"faster than two SDPA calls for such a call on record ({BLOCKED_RECORD})"
+        on_record = f"faster than 'sdpa' for such a call on record ({BLOCKED_RECORD})"
         why = on_record if chosen == "blocked" else "the first that serves this call"
     lines = [f"backend={backend!r} takes {chosen!r}, {why}: {BACKENDS[chosen].ABOUT}."]
     for name, other in BACKENDS.items():
