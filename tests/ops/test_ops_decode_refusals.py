@@ -120,6 +120,34 @@ def test_a_first_step_that_is_refused_leaves_the_state_new():
     assert state.length == 0
 
 
+CHANGES = {
+    "reordered": lambda state: state.reorder(torch.tensor([0, 1, 1])),
+    "repeated": lambda state: state.repeat(2),
+    "of-another-dtype": lambda state: state.to(dtype=torch.float32),
+    "elsewhere": lambda state: state.to("meta"),
+}
+
+
+@storage
+@pytest.mark.parametrize("change", CHANGES)
+def test_tokens_that_fitted_are_checked_again_once_the_state_is_another(change, capacity):
+    inputs = tokens_of(2, 7)
+    state = after_prompt(cut(inputs, 0, 5), capacity=capacity)
+    decode_step(*cut(inputs, 5, 6), state, **GROUPED)
+    CHANGES[change](state)
+    with pytest.raises(ValueError, match="start another DecodeState for another batch, other heads or another dtype"):
+        decode_step(*cut(inputs, 6, 7), state, **GROUPED)
+    assert state.length == 6
+
+
+def test_tokens_that_fitted_as_grouped_heads_are_refused_as_others():
+    inputs = tokens_of(2, 7)
+    state = after_prompt(cut(inputs, 0, 5))
+    decode_step(*cut(inputs, 5, 6), state, **GROUPED)
+    with pytest.raises(ValueError, match="pass enable_gqa=True"):
+        decode_step(*cut(inputs, 6, 7), state)
+
+
 def test_beams_and_crops_that_make_no_sense_are_refused():
     with pytest.raises(ValueError, match=r"repeat\(\) needs sequences to copy: take the first step"):
         DecodeState().repeat(2)

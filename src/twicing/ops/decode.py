@@ -4,16 +4,17 @@ For new tokens with the rows A of the attention matrix over all tokens so far: O
 arXiv 2503.00687, Definition 2, in the causal case.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twicing.ops.autocast import as_autocast
-from twicing.ops.boost import Smoother, boosted_values
+from twicing.ops.autocast import as_autocast, autocast_off
+from twicing.ops.boost import Smoother
 from twicing.ops.call import broadcastable_gain, check_mask, check_same_kind, check_shapes, to_query_heads
 from twicing.ops.decode_state import DecodeState
-from twicing.ops.empty_rows import NEGATIVE_INFINITY, empty_again, open_empty_rows
-from twicing.ops.reference import checked_matrix
+from twicing.ops.empty_rows import NEGATIVE_INFINITY, empty_again, masked_softmax, open_empty_rows
 
 # Up to so many new tokens, their rows of A are formed once, and K, V and R are read once each, which is what a step
 # waits for. More tokens are a prompt, where fused attention is faster though it forms the rows twice.
@@ -51,14 +52,15 @@ def decode_step(
     tokens = query.shape[-2]
     if attn_mask is not None:
         attn_mask = attn_mask.expand(*attn_mask.shape[:-2], tokens, state.length + tokens)
-    at_once = tokens if _is_whole_prompt(state, attn_mask) else TOKENS_PER_MASK
+    if tokens <= TOKENS_PER_MASK or _is_whole_prompt(state, attn_mask):
+        return _step(query, key, value, state, attn_mask, scale, enable_gqa)
     outputs = []
-    for first in range(0, tokens, at_once):
-        new = slice(first, first + at_once)
-        seen = state.length + min(at_once, tokens - first)
+    for first in range(0, tokens, TOKENS_PER_MASK):
+        new = slice(first, first + TOKENS_PER_MASK)
+        seen = state.length + min(TOKENS_PER_MASK, tokens - first)
         allowed = None if attn_mask is None else attn_mask[..., new, :seen]
         outputs.append(_step(query[:, :, new], key[:, :, new], value[:, :, new], state, allowed, scale, enable_gqa))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-2)
+    return torch.cat(outputs, dim=-2)
 
 
 def _step(
@@ -78,27 +80,56 @@ def _step(
     keys, values = state.extended("keys", key), state.extended("values", value)
     smooth = _by_matrix(query, keys, mask, scale) if few else _by_sdpa(query, keys, mask, is_causal, scale)
     if state.order == 2:
-        smoothed = smooth(values)
         new = to_query_heads(value, query, enable_gqa)
-        boosted = boosted_values(lambda _: smoothed, new, 2, broadcastable_gain(state.gain, query))
-        values = state.extended("residuals", boosted)
+        values = state.extended("residuals", _residuals(new, smooth(values), broadcastable_gain(state.gain, query)))
     output = smooth(values)
     state.keep(tokens)
     return output
 
 
+def _residuals(values: Tensor, smoothed: Tensor, gain: float | Tensor) -> Tensor:
+    """r = v + g (v - o) in one kernel; in fp32 for half precision, and rounded once."""
+    if not _is_half(values) and not isinstance(gain, Tensor):
+        return torch.lerp(smoothed, values, 1.0 + gain)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    if isinstance(gain, Tensor):
+        gain = gain.to(values.device, wide)
+    return torch.lerp(smoothed.to(wide), values.to(wide), 1.0 + gain).to(values.dtype)
+
+
 def _by_matrix(query: Tensor, keys: Tensor, mask: Tensor | None, scale: float | None) -> Smoother:
     """v -> A v with the new rows of A formed once; query heads that share a key head read it together, uncopied."""
-    batch, heads, tokens, _ = query.shape
+    batch, heads, tokens, width = query.shape
     key_heads, seen = keys.shape[1], keys.shape[2]
-    if mask is not None and key_heads != heads:
-        mask = mask.expand(batch, heads, tokens, seen).reshape(batch, key_heads, -1, seen)
-    attn = checked_matrix(query.reshape(batch, key_heads, -1, query.shape[-1]), keys, mask, scale)
+    if mask is not None:
+        mask = mask.expand(batch, heads, tokens, seen).reshape(batch * key_heads, -1, seen)
+    # A width of 0 makes every score 0, whatever the scale.
+    scale = 1.0 / math.sqrt(max(width, 1)) if scale is None else scale
+    scores = _scores(query.reshape(batch * key_heads, -1, width), keys.flatten(0, 1), scale)
+    attn = masked_softmax(scores, mask)
+    if _is_half(query):
+        attn = attn.to(query.dtype)
 
     def smooth(v: Tensor) -> Tensor:
-        return (attn.reshape(batch, v.shape[1], -1, seen) @ v).reshape(batch, heads, tokens, -1)
+        v = v.flatten(0, 1)
+        return torch.bmm(attn.view(len(v), -1, seen), v).view(batch, heads, tokens, -1)
 
     return smooth
+
+
+def _scores(query: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """The scores scale Q K^T, in fp32 for half precision, without a copy of all keys where torch can do that."""
+    if not _is_half(query):
+        return torch.bmm(scale * query, keys.mT)
+    if query.is_cuda and not torch.is_grad_enabled():
+        return scale * torch.bmm(query, keys.mT, out_dtype=torch.float32)
+    with autocast_off(query.device):
+        return torch.bmm(scale * query.float(), keys.float().mT)
+
+
+def _is_half(tensor: Tensor) -> bool:
+    """Whether sums need more precision than the dtype has. Casts to the same dtype would do nothing but take time."""
+    return tensor.dtype.itemsize < 4
 
 
 def _by_sdpa(query: Tensor, keys: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Smoother:
@@ -145,23 +176,13 @@ def _check(
     query: Tensor, key: Tensor, value: Tensor, state: DecodeState, attn_mask: Tensor | None, enable_gqa: bool
 ) -> None:
     """Raise where the new tokens do not fit together, or do not fit what the state holds."""
-    check_same_kind(query=query, key=key, value=value)
-    listed = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
-    if not query.dim() == key.dim() == value.dim() == 4:
-        raise ValueError(f"decode_step() needs query, key and value of the layout [B, H, n, D]: got {listed}.")
-    check_shapes(query, key, value, enable_gqa)
-    shared = 1 if enable_gqa else 2
-    if not query.shape[:shared] == key.shape[:shared] == value.shape[:shared]:
-        raise ValueError(
-            f"decode_step() does not broadcast: query, key and value must have the same batch and heads (or "
-            f"enable_gqa=True for fewer heads of keys and values): got {listed}."
-        )
-    if query.shape[2] != key.shape[2] or query.shape[2] == 0:
-        raise ValueError(
-            "decode_step() takes the query, key and value of the same new tokens, at least one, and not those of the "
-            f"tokens before, which the state holds: got {listed}."
-        )
-    state.check_fits(query, key, value)
+    # Token after token is of the same kind, and a step of one token takes about as long as checking it.
+    kind = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (query, key, value)), enable_gqa
+    if kind != state.checked_kind:
+        _check_kind(query, key, value, enable_gqa)
+        state.check_fits(query, key, value)
+        state.checked_kind = kind
+    state.check_room(key.shape[2])
     broadcastable_gain(state.gain, query)
     if attn_mask is not None:
         seen = state.length + key.shape[2]
@@ -177,4 +198,24 @@ def _check(
         raise ValueError(
             "A DecodeState with a capacity is written in place and takes no gradients: decode under torch.no_grad(), "
             "or leave out capacity, so that the state grows."
+        )
+
+
+def _check_kind(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> None:
+    """Raise where the new tokens do not fit together."""
+    check_same_kind(query=query, key=key, value=value)
+    listed = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    if not query.dim() == key.dim() == value.dim() == 4:
+        raise ValueError(f"decode_step() needs query, key and value of the layout [B, H, n, D]: got {listed}.")
+    check_shapes(query, key, value, enable_gqa)
+    shared = 1 if enable_gqa else 2
+    if not query.shape[:shared] == key.shape[:shared] == value.shape[:shared]:
+        raise ValueError(
+            f"decode_step() does not broadcast: query, key and value must have the same batch and heads (or "
+            f"enable_gqa=True for fewer heads of keys and values): got {listed}."
+        )
+    if query.shape[2] != key.shape[2] or query.shape[2] == 0:
+        raise ValueError(
+            "decode_step() takes the query, key and value of the same new tokens, at least one, and not those of the "
+            f"tokens before, which the state holds: got {listed}."
         )

@@ -58,6 +58,8 @@ class DecodeState:
         self.length = 0
         # [B, heads, capacity, width], or as long as the last step made it; what lies beyond `length` means nothing.
         self._stored: dict[str, Tensor] = {}
+        # Shapes, dtypes and devices of new tokens that were found to fit; None once something else might not.
+        self.checked_kind: object = None
 
     @property
     def keys(self) -> Tensor | None:
@@ -100,6 +102,7 @@ class DecodeState:
         index: [any B], integers on the state's device.
         """
         check_sequences(index)
+        self.checked_kind = None
         if self.padding is not None:
             self.padding = self.padding.index_select(0, index)
         for name, stored in self._stored.items():
@@ -122,6 +125,7 @@ class DecodeState:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Move everything to the device, and what is kept of the tokens to the dtype; returns the state itself."""
+        self.checked_kind = None
         for name, stored in self._stored.items():
             self._stored[name] = stored.to(device=device, dtype=dtype)
         if self.padding is not None:
@@ -131,7 +135,7 @@ class DecodeState:
         return self
 
     def check_fits(self, query: Tensor, key: Tensor, value: Tensor) -> None:
-        """Raise where new tokens are of another kind than those that are there, of another batch, or too many."""
+        """Raise where new tokens are of another kind than those that are there, or of another batch."""
         kind = key.dtype, key.device
         for name, like, heads in (("keys", key, key), ("values", value, value), ("residuals", value, query)):
             stored = self._stored.get(name)
@@ -149,10 +153,13 @@ class DecodeState:
                 f"The state's padding is for {len(self.padding)} sequences on {self.padding.device}, and the new "
                 f"tokens are of {len(key)} on {key.device}."
             )
-        if self.capacity is not None and self.length + key.shape[2] > self.capacity:
+
+    def check_room(self, tokens: int) -> None:
+        """Raise where so many new tokens are more than there is room for."""
+        if self.capacity is not None and self.length + tokens > self.capacity:
             raise ValueError(
-                f"The state is full: of its {self.capacity} tokens {self.length} are taken, and {key.shape[2]} more "
-                "were given. Make it with a larger capacity, or with capacity=None, so that it grows."
+                f"The state is full: of its {self.capacity} tokens {self.length} are taken, and {tokens} more were "
+                "given. Make it with a larger capacity, or with capacity=None, so that it grows."
             )
 
     def extended(self, name: str, new: Tensor) -> Tensor:
@@ -165,8 +172,9 @@ class DecodeState:
         if name not in self._stored:
             self._stored[name] = new.new_empty(*new.shape[:2], self.capacity, new.shape[3])
         stored = self._stored[name]
-        stored[:, :, before:after] = new
-        return stored[:, :, :after]
+        # Not by slices in brackets, which take torch longer to read.
+        stored.narrow(2, before, new.shape[2]).copy_(new)
+        return stored.narrow(2, 0, after)
 
     def keep(self, tokens: int) -> None:
         """Count the newest tokens, now that all about them is stored: a step that fails midway has added none."""

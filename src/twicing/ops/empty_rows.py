@@ -27,3 +27,12 @@ def open_empty_rows(attn_mask: Tensor) -> tuple[Tensor, Tensor]:
 def empty_again(rows: Tensor, occupied: Tensor) -> Tensor:
     """The rows [..., N, D] with zero, in value and in gradient, where nothing could be attended to."""
     return torch.where(occupied, rows, 0.0)
+
+
+def masked_softmax(scores: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """The softmax of scores [..., N, S] under a mask that broadcasts to them; the row of an empty one is zero."""
+    if attn_mask is None:
+        return scores.softmax(-1)
+    opened, occupied = open_empty_rows(attn_mask)
+    scores = scores.masked_fill(~opened, NEGATIVE_INFINITY) if opened.dtype == torch.bool else scores + opened
+    return empty_again(scores.softmax(-1), occupied)

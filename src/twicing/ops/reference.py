@@ -20,7 +20,7 @@ from twicing.ops.call import (
     checked_call,
     to_query_heads,
 )
-from twicing.ops.empty_rows import NEGATIVE_INFINITY, empty_again, open_empty_rows
+from twicing.ops.empty_rows import masked_softmax
 
 ABOUT = "the dense attention matrix in plain torch, O(N^2) memory"
 
@@ -61,21 +61,12 @@ def attention_matrix(
     key = to_query_heads(key, query, enable_gqa)
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-    return checked_matrix(query, key, attn_mask, scale)
-
-
-def checked_matrix(query: Tensor, key: Tensor, attn_mask: Tensor | None, scale: float | None) -> Tensor:
-    """The same of arguments that are checked, autocast's, and with a key head for every query head."""
     wide = torch.promote_types(query.dtype, torch.float32)
     # A width of 0 makes every score 0, whatever the scale.
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     with autocast_off(query.device):
         scores = scale * (query.to(wide) @ key.to(wide).mT)
-    if attn_mask is None:
-        return scores.softmax(-1).to(query.dtype)
-    opened, occupied = open_empty_rows(attn_mask)
-    scores = scores.masked_fill(~opened, NEGATIVE_INFINITY) if opened.dtype == torch.bool else scores + opened
-    return empty_again(scores.softmax(-1), occupied).to(query.dtype)
+    return masked_softmax(scores, attn_mask).to(query.dtype)
 
 
 def effective_matrix(
