@@ -14,14 +14,17 @@ call = partial(twicing_attention, backend="blocked")
 N = 37
 
 
-@pytest.fixture(params=["one-block", "row-blocks", "row-blocks-in-the-backward"])
+@pytest.fixture(params=["one-block", "blocks", "blocks-in-the-backward", "uneven-blocks"])
 def cut(request, monkeypatch):
-    """The last as for a thousand or two tokens: a forward without dropout would take all rows in one block."""
+    """The third as for a thousand or two tokens: the forward takes all rows in one block."""
     if request.param != "one-block":
-        whole = 16 << 20 if request.param == "row-blocks-in-the-backward" else 0
-        monkeypatch.setattr(plan, "BOX_BYTES", 4 << 10)
-        monkeypatch.setattr(plan, "ROWS_BYTES", 4 << 10)
+        whole = 16 << 20 if request.param == "blocks-in-the-backward" else 0
+        backward = 8 << 10 if request.param == "uneven-blocks" else 4 << 10
+        monkeypatch.setattr(plan, "BOX_BYTES", {"forward": 4 << 10, "backward": 4 << 10})
+        monkeypatch.setattr(plan, "PART_BYTES", {"forward": 4 << 10, "backward": backward})
         monkeypatch.setattr(plan, "WHOLE_BYTES", {"forward": whole, "backward": 0})
+        monkeypatch.setattr(plan, "LEAST_COLUMNS", 8)
+        monkeypatch.setattr(plan, "DROPOUT_TILE", 8)
 
 
 @pytest.fixture

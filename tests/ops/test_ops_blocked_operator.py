@@ -265,21 +265,36 @@ def test_scratch_lends_no_memory_twice_and_no_more_than_it_has():
     assert beyond.untyped_storage().data_ptr() != room.memory.untyped_storage().data_ptr()
 
 
+@pytest.mark.parametrize("has_dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 197, 1024, 2048, 4096, 5000, 100_000])
-def test_plans_cover_every_row_once_within_their_memory(tokens, is_causal, direction):
-    made = plan.plan(24, tokens, 4, is_causal=is_causal, direction=direction)
-    blocks = made.row_blocks()
-    assert [row for rows in blocks for row in range(rows.start, rows.stop)] == list(range(tokens))
-    threads = torch.get_num_threads()
-    sides = plan.BOX_BYTES, plan.ROWS_BYTES, plan.WHOLE_BYTES[direction], plan.LEAST_ROWS * 4 * tokens
-    assert 4 * made.block_size <= threads * max(sides)
-    is_whole = not is_causal and tokens <= {"forward": 2048, "backward": 1024}[direction]
-    assert is_causal or (len(blocks) == 1) == (is_whole and tokens > 0)
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 197, 300, 1024, 2048, 4096, 5000, 20_001, 100_000])
+def test_plans_cover_every_row_or_column_once_within_their_memory(tokens, is_causal, direction, has_dropout):
+    made = plan.plan(24, tokens, 4, is_causal=is_causal, direction=direction, has_dropout=has_dropout)
+    assert [row for block in made.blocks for row in range(block.start, block.stop)] == list(range(tokens))
+    threads, row_bytes = torch.get_num_threads(), 4 * tokens
+    sides = plan.BOX_BYTES[direction], plan.PART_BYTES[direction] + plan.LEAST_ROWS * row_bytes
+    least = plan.LEAST_COLUMNS * 2 * row_bytes if has_dropout or direction == "backward" else 0
+    assert 4 * made.block_size <= threads * max(*sides, plan.WHOLE_BYTES[direction], least)
+    is_whole = tokens <= (256 if is_causal else {"forward": 2048, "backward": 1024}[direction])
+    is_short = tokens < 2 * plan.LEAST_COLUMNS and direction == "backward"
+    assert (len(made.blocks) == 1) == (is_whole or is_short)
     # Buffers are no larger than the call.
-    few = plan.plan(1, tokens, 4, is_causal=is_causal, direction=direction)
-    assert (few.heads, few.rows <= max(1, tokens)) == (1, True)
+    few = plan.plan(1, tokens, 4, is_causal=is_causal, direction=direction, has_dropout=has_dropout)
+    assert (few.heads, few.length <= tokens) == (1, True)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("tokens", [257, 512, 767, 2049, 4096, 5000, 20_001])
+def test_no_block_of_a_backward_is_narrow_and_dropouts_squares_are_not_cut(tokens, is_causal):
+    """Narrow products are rounded otherwise than the forward's were."""
+    for has_dropout in (False, True):
+        for direction in ("forward", "backward"):
+            blocks = plan.plan(8, tokens, 4, is_causal=is_causal, direction=direction, has_dropout=has_dropout).blocks
+            if direction == "backward":
+                assert min(block.stop - block.start for block in blocks) >= plan.LEAST_COLUMNS
+            if has_dropout:
+                assert all(block.start % plan.DROPOUT_TILE == 0 for block in blocks)
 
 
 @pytest.mark.parametrize("together", [1, 2, 3, 5, 7, 100])

@@ -16,6 +16,9 @@ Operator = Callable[..., tuple[Tensor, ...]]
 def four_axes(call: Call) -> tuple[tuple[Tensor, Tensor, Tensor], torch.Size, torch.Size]:
     """Query, key and value as [B, H, N, D] (key and value with their own heads), and the axes that are B and H."""
     query, key, value = call.query, call.key, call.value
+    if query.dim() == key.dim() == value.dim() == 4 and query.shape[:2] == key.shape[:2] == value.shape[:2]:
+        # As models call it; what follows would give the same, and take longer than a small kernel.
+        return (query, key, value), query.shape[:1], query.shape[1:2]
     batch = torch.broadcast_shapes(query.shape[:-3], key.shape[:-3], value.shape[:-3])
     heads = query.shape[-3:-2]
     if not call.enable_gqa:

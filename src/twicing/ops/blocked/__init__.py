@@ -17,7 +17,7 @@ from twicing.ops.custom_op import (
     mask_with_four_axes,
 )
 
-ABOUT = "on the CPU: a few heads at a time, A in reused buffers of up to 64 MiB, with its own backward; O(N) memory"
+ABOUT = "on the CPU: a few heads at a time, A in reused buffers of some MiB, with its own backward; O(N) memory"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -34,7 +34,7 @@ def blocked_forward(
     output = _output_of(query, width)
     kept = (walk.empty(width), walk.empty(1), walk.empty(1)) if is_training else None
     scratch = Scratch(walk.dtype)
-    forward = Forward(walk.plan, width, scratch, has_dropout=seed is not None)
+    forward = Forward(walk.plan, width, scratch, is_causal=is_causal, has_dropout=seed is not None)
     forgotten = [scratch.take(walk.plan.heads, walk.tokens, columns) for columns in (width, 1, 1)]
     for box in walk.boxes():
         rest = [room[: len(box)] for room in forgotten] if kept is None else [part[box.flat] for part in kept]

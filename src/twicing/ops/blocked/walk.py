@@ -35,10 +35,8 @@ class Walk:
         self.gain_and_one, self.minus_gain = 1.0 + self.gain, -self.gain
         self.dropout = None if seed is None else Dropout(dropout_p, int(seed.item()))
         self.is_causal, self.scale = is_causal, scale
-        size = self.count, self.tokens, self.dtype.itemsize
-        # Weights are drawn block by block: both directions have to cut the rows alike.
-        cut_as = direction if self.dropout is None else "backward"
-        self.plan = plan(*size, is_causal=is_causal, direction=cut_as)
+        size, has_dropout = (self.count, self.tokens, self.dtype.itemsize), self.dropout is not None
+        self.plan = plan(*size, is_causal=is_causal, direction=direction, has_dropout=has_dropout)
 
     def empty(self, width: int) -> Tensor:
         """Room for a result of every head, [B H, N, width]."""
