@@ -7,7 +7,6 @@ from torch import Tensor
 
 from twicing.ops.blocked.backward import Backward, Gradients, Saved
 from twicing.ops.blocked.forward import Forward, Result
-from twicing.ops.blocked.scratch import Scratch
 from twicing.ops.blocked.walk import Walk
 from twicing.ops.custom_op import one_by_one
 
@@ -33,7 +32,7 @@ def blocked_forward(
     width = value.shape[-1]
     output = _output_of(query, width)
     kept = (walk.empty(width), walk.empty(1), walk.empty(1)) if is_training else None
-    scratch = Scratch(walk.dtype)
+    scratch = walk.scratch
     forward = Forward(walk.plan, width, scratch, is_causal=is_causal, has_dropout=seed is not None)
     forgotten = [scratch.take(walk.plan.heads, walk.tokens, columns) for columns in (width, 1, 1)]
     for box in walk.boxes():
@@ -82,7 +81,7 @@ def blocked_backward(
         d_mask = torch.zeros(attn_mask.shape, dtype=walk.dtype)
     is_shifted = bool(shift.any())
     widths = query.shape[-1], value.shape[-1]
-    backward = Backward(walk.plan, *widths, Scratch(walk.dtype), has_dropout=seed is not None)
+    backward = Backward(walk.plan, *widths, walk.scratch, has_dropout=seed is not None)
     for box in walk.boxes():
         gradients = Gradients(
             query=d_query[box.flat],
@@ -92,11 +91,11 @@ def blocked_backward(
             attn_mask=None if d_mask is None else walk.mask_part(d_mask, box),
         )
         saved = Saved(
-            upstream=walk.part(upstream, box),
-            output=walk.part(output, box),
-            smoothed=walk.part(smoothed, box),
-            shift=walk.part(shift, box) if is_shifted else None,
-            inverse=walk.part(inverse, box),
+            upstream=walk.part("upstream", upstream, box),
+            output=walk.part("output", output, box),
+            smoothed=walk.part("smoothed", smoothed, box),
+            shift=walk.part("shift", shift, box) if is_shifted else None,
+            inverse=walk.part("inverse", inverse, box),
         )
         backward.run(walk.heads_of(box), saved, gradients)
     return (

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from twicing.ops.blocked.plan import Box, boxes, plan
+from twicing.ops.blocked.scratch import Scratch
 from twicing.ops.blocked.weights import Dropout, Heads
 
 
@@ -37,6 +38,8 @@ class Walk:
         self.is_causal, self.scale = is_causal, scale
         size, has_dropout = (self.count, self.tokens, self.dtype.itemsize), self.dropout is not None
         self.plan = plan(*size, is_causal=is_causal, direction=direction, has_dropout=has_dropout)
+        self.scratch = Scratch(self.dtype)
+        self.rooms: dict[str, Tensor] = {}
 
     def empty(self, width: int) -> Tensor:
         """Room for a result of every head, [B H, N, width]."""
@@ -52,9 +55,9 @@ class Walk:
         if len(self.gain) > 1:
             gains = self.minus_gain[box.flat], self.gain_and_one[box.flat]
         return Heads(
-            query=self.part(self.query, box),
-            key=self.part(self.key, box),
-            value=self.part(self.value, box),
+            query=self.part("query", self.query, box),
+            key=self.part("key", self.key, box),
+            value=self.part("value", self.value, box),
             minus_gain=gains[0],
             gain_and_one=gains[1],
             attn_mask=None if self.attn_mask is None else self.mask_part(self.attn_mask, box),
@@ -65,17 +68,23 @@ class Walk:
             dropout=self.dropout,
         )
 
-    def part(self, tensor: Tensor, box: Box) -> Tensor:
+    def part(self, name: str, tensor: Tensor, box: Box) -> Tensor:
         """The heads of a box, [G, N, D], of [B, h, N, D], in the dtype of the sums, copied where they lie apart.
 
-        Keys and values that serve several queries are repeated.
+        Keys and values that serve several queries are repeated. A copy ends with the next one of the same name: it lies
+        in scratch memory, since models hand over strided heads, and fresh pages cost more than the copy itself.
         """
         heads: slice | Tensor = box.heads
         if tensor.shape[1] != self.heads:
             heads = torch.arange(box.heads.start, box.heads.stop) // (self.heads // tensor.shape[1])
-        part = tensor[box.batch, heads].to(self.dtype, memory_format=torch.contiguous_format)
-        # to() leaves what has the dtype as it lies.
-        return part.reshape(len(box), *tensor.shape[2:]).contiguous()
+        part = tensor[box.batch, heads]
+        if part.dtype == self.dtype and part.is_contiguous():
+            return part.view(len(box), *tensor.shape[2:])
+        if name not in self.rooms:
+            self.rooms[name] = self.scratch.take(self.plan.heads, *tensor.shape[2:])
+        room = self.rooms[name][: len(box)]
+        room.view(part.shape).copy_(part)
+        return room
 
     def mask_part(self, mask: Tensor, box: Box) -> Tensor:
         """The mask of a box, with the axes of length 1 that it has."""
