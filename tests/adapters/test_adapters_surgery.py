@@ -5,6 +5,7 @@ import json
 import pickle
 
 import pytest
+import timm
 import torch
 from timm.layers.attention import Attention
 from torch import nn
@@ -318,6 +319,15 @@ def test_the_spec_of_an_unconverted_model_is_empty_and_changes_nothing(small_vit
     job.undo()
     assert same_state(before, state_of(model))
     assert str(job) == "VisionTransformer: nothing was converted."
+
+
+def test_a_model_whose_attention_is_not_known_has_the_empty_spec_and_takes_it():
+    with torch.device("meta"):
+        model = timm.create_model("swin_tiny_patch4_window7_224")
+    assert spec(model) == []
+    job = convert(model, spec=[])
+    job.undo()
+    assert str(job) == "SwinTransformer: nothing was converted."
 
 
 def test_one_entry_is_a_spec_too(small_vit):

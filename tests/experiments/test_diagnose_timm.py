@@ -266,6 +266,10 @@ REFUSED = {
         {"model": "resnet10t"},
         "^resnet10t has no attention layers that the library knows: there is nothing to diagnose",
     ),
+    "unknown attention": (
+        {"model": "xcit_nano_12_p8_224"},
+        "^The attention of xcit_nano_12_p8_224 is not known to the library: ",
+    ),
     "folder of nothing": ({"model": "."}, "is a folder without config.json: name the run folder"),
 }
 

@@ -33,6 +33,9 @@ sys.path.append(str(Path(__file__).parents[1] / "data"))
 from made_folders import make_class_folders, picture
 
 NAME = "vit_tiny_patch16_224"
+# Its attention is not known to the library.
+SWIN = "swin_tiny_patch4_window7_224"
+SWIN_TINY = ("img_size=32", "patch_size=2", "window_size=4", "embed_dim=12", "num_classes=3")
 SMALL = ("embed_dim=16", "num_heads=2", "depth=2")
 TINY = (*SMALL, "img_size=32", "patch_size=8", "num_classes=3")
 CLASSES = ("cat", "cow", "dog")
@@ -216,6 +219,28 @@ def test_a_conversion_changes_the_answers_and_is_named(options, checkpoint, pict
     with torch.no_grad():
         torch.testing.assert_close(subject.build()(images), logits)
         assert not torch.allclose(logits, network()((images - MEAN) / STD), atol=1e-6)
+
+
+def test_a_model_that_cannot_be_converted_is_evaluated_as_it_is(options, tmp_path, pictures):
+    mend_torchvision_import()
+    import timm
+    from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+    arguments = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 12, "num_classes": 3}
+    model = timm.create_model(SWIN, **arguments).eval()
+    images, _, labels = by_hand(pictures, model)
+    mean, std = (torch.tensor(numbers).view(3, 1, 1) for numbers in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    with torch.no_grad():
+        logits = model((images - mean) / std)
+    for name, saved in {
+        "plain.pth": model.state_dict(),
+        "ours.ckpt": {"state_dict": model.state_dict(), "twicing": {"spec": [], "recipe": "r", "seed": 0}},
+    }.items():
+        torch.save(saved, tmp_path / name)
+        changes = {"model": SWIN, "model_args": SWIN_TINY, "checkpoint": tmp_path / name, "out": tmp_path / name[:4]}
+        (record,) = run_evaluation(dataclasses.replace(options, **changes))
+        assert (record.arm, record.mechanism, record.layers, record.spec) == (SWIN, "standard", "all", [])
+        assert record.value == pytest.approx(share(logits.argmax(1) == labels))
 
 
 def test_a_checkpoint_of_ours_brings_its_conversion(options, tmp_path, pictures):
@@ -444,8 +469,8 @@ def test_the_image_size_is_the_models_own():
         ({"imagenet_a": Path("x")}, f"need a model of its 1000 classes: {NAME} has 3"),
         ({"model_args": (*TINY, "num_heads=0")}, f"timm cannot make {NAME} with .*'num_heads': 0"),
         (
-            {"model": "xcit_nano_12_p8_224", "model_args": (), "checkpoint": None, "mechanism": "twicing"},
-            "^The attention of xcit_nano_12_p8_224 is not known to the library: ",
+            {"model": SWIN, "model_args": SWIN_TINY, "mechanism": "twicing"},
+            f"^The attention of {SWIN} is not known to the library: ",
         ),
         ({"transform": "1.0"}, "--transform is one of papers, 0.9: got '1.0'"),
         ({"pretrained": True, "checkpoint": Path("x")}, "--pretrained and --checkpoint are two sources"),

@@ -57,7 +57,8 @@ def convert(
     """
     requests = _requests(mechanism, layers, options, spec)
     refuse_unchangeable(model)
-    sites = find_sites(model)
+    # An empty spec is that of every unconverted model, also of one whose attention is not known.
+    sites = find_sites(model) if requests else []
     if requests and not sites:
         raise ValueError(_nothing_found(model))
     changes = [change for request in requests for change in _built(sites, *request)]
@@ -90,9 +91,12 @@ def spec(model: nn.Module) -> list[dict[str, Any]]:
     """What is converted, as JSON values: [{"mechanism": name, "layers": [10, 11], "options": {...}}, ...], or [].
 
     Belongs beside every saved state dict: convert(model, spec=...) makes an unconverted model the same again.
+    A model that cannot be converted has the empty one.
     Raises ValueError where a layer was converted by something without a name, such as a lambda.
     """
     entries: list[dict[str, Any]] = []
+    if not any(is_converted(module) for module in model.modules()):
+        return entries
     for site in find_sites(model):
         if not is_converted(site.attention):
             continue

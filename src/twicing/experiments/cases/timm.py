@@ -4,12 +4,14 @@ import dataclasses
 
 from torch import nn
 
+from twicing.adapters.site import AttentionSite
 from twicing.adapters.surgery import find_sites
 from twicing.experiments.cases.case import Case, drawn, follow
 from twicing.experiments.cases.inputs import Wanted, picture_inputs
 from twicing.experiments.evaluate.options import Evaluate
 from twicing.experiments.evaluate.pretrained import timm_subject
 from twicing.experiments.evaluate.subjects import Subject
+from twicing.models.vision import PixelModel
 from twicing.training.settings import parse_options
 
 
@@ -29,7 +31,7 @@ def timm_case(asked: Evaluate, wanted: Wanted, purpose: str) -> Case:
         drawn(seed, lambda: follow(model, subject.build()))
         return model.eval()
 
-    if not find_sites(subject.build()):
+    if not _sites(subject, asked.model):
         raise ValueError(f"{asked.model} has no attention layers that the library knows: there is nothing {purpose}.")
     inputs = picture_inputs(wanted, subject.image_size)
     return Case(
@@ -43,6 +45,14 @@ def timm_case(asked: Evaluate, wanted: Wanted, purpose: str) -> Case:
         draw=draw,
         inputs=lambda: inputs,
     )
+
+
+def _sites(subject: Subject, name: str) -> list[AttentionSite]:
+    try:
+        return find_sites(subject.build())
+    except ValueError as error:
+        # The class around timm's model is ours: whoever typed a name knows that alone.
+        raise ValueError(str(error).replace(PixelModel.__name__, name)) from error
 
 
 def _subject(options: Evaluate, purpose: str) -> Subject:
