@@ -41,6 +41,22 @@ def test_a_number_that_is_none_is_answered_in_one_sentence(type_in, command, opt
     assert re.search(rf"numbers?: got 'two'\. See twicing {command} --help\.$", done.stderr)
 
 
+LISTS = [
+    (name, f"--{field.name.replace('_', '-')}")
+    for name, options in EVERY.items()
+    for field in dataclasses.fields(options)
+    if isinstance(field.default, tuple)
+]
+
+
+@pytest.mark.parametrize(("command", "option"), LISTS, ids=lambda value: value)
+def test_a_list_of_nothing_is_answered_in_one_sentence(type_in, command, option):
+    model = ["model"] if command in ("diagnose", "evaluate", "analyze") else []
+    done = type_in(*command.split(), *model, option)
+    refused(done, f"{option} takes ")
+    assert done.stderr.endswith(f"s: got nothing. See twicing {command} --help.\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "answer"),
     [
@@ -48,7 +64,11 @@ def test_a_number_that_is_none_is_answered_in_one_sentence(type_in, command, opt
         (["compare", "--seeds", "1.5"], "--seeds takes a whole number: got '1.5'. "),
         (["compare", "--seeds="], "--seeds takes a whole number: got ''. "),
         (["compare", "--seeds", "-x"], "--seeds takes a whole number: got nothing. "),
-        (["compare", "--layers", "--jobs", "None", "--seeds", "2"], "--jobs takes a whole number: got 'None'. "),
+        (["compare", "--layers", "all", "--jobs", "None", "--seeds", "2"], "--jobs takes a whole number: got 'None'. "),
+        (["compare", "--layers", "--jobs", "None"], "--layers takes values: got nothing. See twicing compare --help."),
+        (["theory", "--only", "--seed", "3"], "--only takes values: got nothing. See twicing theory --help."),
+        (["theory", "--only", "-1", "--only"], "--only takes values: got nothing. "),
+        (["bench", "decode", "--groups"], "--groups takes whole numbers: got nothing. See "),
         (["train", "digits", "--out"], "--out takes a value: got nothing. See twicing train --help."),
         (["train", "--num_nodes", "many"], "--num_nodes takes a whole number: got 'many'. "),
         (["bench", "decode", "--lengths", "1024", "4k"], "--lengths takes whole numbers: got '4k'. "),

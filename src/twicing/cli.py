@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 from twicing.cli_help import SUBCOMMANDS, Wrapped, subcommands
 from twicing.cli_unknown import typed_command, unknown_word
-from twicing.cli_values import wrong_value
+from twicing.cli_values import empty_list, wrong_value
 from twicing.experiments.analyze.options import Analyze
 from twicing.experiments.bench.linear_options import LinearOptions
 from twicing.experiments.bench.options import DecodeOptions, ModelOptions, OpsOptions
@@ -204,10 +204,12 @@ def _read(given: list[str]) -> Command:
                 print(refusal.getvalue(), file=sys.stderr, end="")
                 raise
         else:
-            if not left_over:
+            wrong = empty_list(COMMANDS, given, PARTS)
+            if left_over:
+                name = typed_command(COMMANDS, given, PARTS).name
+                wrong = f"{name} does not take {left_over[0]!r}: see twicing {name} --help."
+            if not wrong:
                 return command
-            name = typed_command(COMMANDS, given, PARTS).name
-            wrong = f"{name} does not take {left_over[0]!r}: see twicing {name} --help."
     print(f"twicing: {wrong}", file=sys.stderr)
     raise SystemExit(2)
 

@@ -36,14 +36,29 @@ def wrong_value(commands: Mapping[str, type], given: Sequence[str], parts: Mappi
         kind, several = _kind(hints.get(option.removeprefix("--").replace("-", "_"), bool))
         taken = values if several else values[: kind is not bool]
         alone += values[len(taken) :]
-        expected = KINDS.get(kind, ("a value", "values"))[several]
-        if not taken and not several and kind is not bool:
+        expected = _expected(kind, several)
+        if not taken and kind is not bool:
             return f"{option} takes {expected}: got nothing. {see}"
         wrong = [value for value in taken if kind in KINDS and not _is_one(kind, value)]
         if wrong:
             return f"{option} takes {expected}: got {wrong[0]!r}. {see}"
     needed = _positional(command, hints)
     return f"{name} needs {needed}. {see}" if needed and not alone else ""
+
+
+def empty_list(commands: Mapping[str, type], given: Sequence[str], parts: Mapping[str, Mapping[str, type]]) -> str:
+    """Which option for several values has none, in one sentence; empty where there is no such option.
+
+    To tyro it is an empty list, which commands understand as "all", as "the default" or as "none". Whoever types it
+    has forgotten something, or has a variable of the shell that is empty.
+    """
+    name, command, words = typed_command(commands, given, parts)
+    hints = typing.get_type_hints(command, include_extras=True)
+    for option, values in _by_option(words):
+        kind, several = _kind(hints.get(option.removeprefix("--").replace("-", "_"), bool))
+        if several and not values:
+            return f"{option} takes {_expected(kind, several)}: got nothing. See twicing {name} --help."
+    return ""
 
 
 def _by_option(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -65,6 +80,10 @@ def _kind(hint: Any) -> tuple[Any, bool]:
         hint = hint.__origin__
     kinds = [one for one in typing.get_args(hint) if one is not type(None)] or [hint]
     return kinds[0], typing.get_origin(hint) is tuple
+
+
+def _expected(kind: Any, several: bool) -> str:
+    return KINDS.get(kind, ("a value", "values"))[several]
 
 
 def _is_one(kind: Any, value: str) -> bool:

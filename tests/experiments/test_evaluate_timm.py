@@ -155,8 +155,8 @@ def test_the_generated_corruptions_are_those_of_the_chosen_images(options, check
 
 
 def test_one_corruption_alone_has_no_mean_over_all(options, checkpoint):
-    chosen = dataclasses.replace(options, checkpoint=checkpoint, corruptions=("contrast", "contrast"), attacks=())
-    records = run_evaluation(chosen)
+    changes = {"checkpoint": checkpoint, "corruptions": ("contrast", "contrast"), "attacks": ("none",)}
+    records = run_evaluation(dataclasses.replace(options, **changes))
     assert len(records) == 5
     assert not select(records, metric="mean corruption accuracy [share of images]")
 

@@ -7,6 +7,8 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 ATTACKS = ("clean", "noise", "fgsm", "pgd", "spsa", "autoattack", "paper_compat", "verdict")
+# For other test sets alone.
+NO_ATTACK = "none"
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class Evaluate:
     folder the folder that its recipe reads, if it has moved."""
     attacks: tuple[str, ...] = ("clean",)
     """Of clean, noise (Gaussian), fgsm, pgd, spsa, autoattack, verdict (on gradient masking), and paper_compat: PGD on
-    normalised images without clipping, eps 1/255 to 6/255 there, as papers of this line seem to run it (unverified)."""
+    normalised images without clipping, eps 1/255 to 6/255 there, as papers of this line seem to run it (unverified).
+    none for corruptions and other test sets alone."""
     eps: tuple[str, ...] = ()
     """Sizes of attacks in units of the pixel range, ascending, as in 1/255 4/255; the recipe's by default, or
     1/4/255 1/2/255 1/255 2/255 4/255."""

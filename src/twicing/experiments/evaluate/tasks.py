@@ -12,7 +12,7 @@ from twicing.data.images import FolderImages, Images
 from twicing.data.shifted import IMAGENET_C_SIDE, ClassSubset, imagenet_c, imagenet_c_folders, plain_set, subset
 from twicing.data.transforms import SHARES, test_transform
 from twicing.experiments.evaluate import bench as on
-from twicing.experiments.evaluate.options import ATTACKS, Evaluate
+from twicing.experiments.evaluate.options import ATTACKS, NO_ATTACK, Evaluate
 from twicing.experiments.evaluate.pretrained import IMAGENET_CLASSES, imagenet_synsets
 from twicing.experiments.evaluate.subjects import Subject
 from twicing.experiments.parts import Part
@@ -177,9 +177,11 @@ def _corruptions(options: Evaluate) -> list[str]:
 
 
 def _check(options: Evaluate, subject: Subject) -> None:
+    if NO_ATTACK in options.attacks and len(options.attacks) > 1:
+        raise ValueError(f"--attacks {NO_ATTACK} stands alone: got {' '.join(options.attacks)}.")
     for attack in options.attacks:
-        if attack not in ATTACKS:
-            raise ValueError(f"unknown attack {attack!r}: {listed(attack, ATTACKS)}")
+        if attack not in (*ATTACKS, NO_ATTACK):
+            raise ValueError(f"unknown attack {attack!r}: {listed(attack, (*ATTACKS, NO_ATTACK))}")
     for kind in options.corruptions:
         if kind != GENERATE_ALL and kind not in CORRUPTIONS:
             raise ValueError(f"unknown corruption {kind!r}: {listed(kind, [GENERATE_ALL, *CORRUPTIONS])}")
