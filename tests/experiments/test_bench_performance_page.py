@@ -56,8 +56,8 @@ def test_a_record_of_linear_attention_shows_its_growth(script, tmp_path):
     ]
     write_rows(tmp_path / "linear-x.csv", rows, this_machine(torch.device("cpu")))
     text = script.sections(tmp_path)
-    assert "**Growth with the number of tokens**" in text
-    assert "| not causal | forward | linear | 1,000 to 2,000 | 1.00 |" in text
+    assert "**Growth by number of tokens, not causal, forward**" in text
+    assert "| linear | 1,000 to 2,000 | 1.00 |" in text
 
 
 def test_a_page_without_marks_is_refused(script):

@@ -31,6 +31,13 @@ def test_80_columns_hold_every_number_in_one_piece(record):
             assert all(cell in printed for cell in line[table.words :])
 
 
+def test_80_columns_hold_every_name_of_the_growth_tables_in_one_piece():
+    (record,) = (path for path in RECORDS if path.stem.startswith("linear"))
+    for table in growth_tables(read_rows(record)[0]):
+        printed = shown(table)
+        assert all(cell in printed for line in table.lines for cell in line)
+
+
 def test_a_column_that_holds_nothing_is_left_out():
     printed = shown(Table("times", ("contender", "ms", "floor"), (("plain", "1.5", ""), ("twiced", "", ""))))
     assert "1.5" in printed

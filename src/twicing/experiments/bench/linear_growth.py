@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from twicing.experiments.bench.rows import OpsRow
 from twicing.experiments.bench.tables import Table
@@ -41,34 +42,28 @@ def crossing(ratios: Points) -> str:
 
 
 def growth_tables(rows: Sequence[OpsRow]) -> list[Table]:
-    """The slopes of every contender, with the ratio to plain linear attention, and the crossings with softmax."""
+    """The slopes of every contender for each kind of call, with the ratio to plain linear attention; the crossings."""
     measured = [row for row in rows if row.median_ms is not None]
     if not measured:
         return []
     kinds = list(dict.fromkeys((row.is_causal, row.passes) for row in measured))
-    slopes = [line for kind in kinds for line in _slope_lines([row for row in measured if _kind(row) == kind])]
+    slopes = [_slopes([row for row in measured if _kind(row) == kind]) for kind in kinds]
     crossings = [line for kind in kinds for line in _crossing_lines([row for row in measured if _kind(row) == kind])]
-    headers = ("attention", "pass", "contender", "tokens", "slope of time", "of memory", "ratio to linear", "at most")
     notes = (
         "Slopes in log-log: 1 is linear, 2 is quadratic. Ratio of times to plain linear attention at the most tokens, "
         "and the largest at any number of them.",
     )
-    return [
-        Table("Growth with the number of tokens", headers, tuple(slopes), notes, words=4),
-        Table(
-            "Faster from how many tokens on",
-            ("attention", "pass", "faster", "than", "tokens"),
-            tuple(crossings),
-            words=4,
-        ),
-    ]
+    # What they explain is the same in all: they stand below the last one alone.
+    slopes[-1] = replace(slopes[-1], notes=notes)
+    headers = ("attention", "pass", "faster", "than", "tokens")
+    return [*slopes, Table("Faster from how many tokens on", headers, tuple(crossings), words=4)]
 
 
 def _kind(row: OpsRow) -> tuple[bool, str]:
     return row.is_causal, row.passes
 
 
-def _slope_lines(rows: list[OpsRow]) -> list[tuple[str, ...]]:
+def _slopes(rows: list[OpsRow]) -> Table:
     lines: list[tuple[str, ...]] = []
     for name in dict.fromkeys(row.contender for row in rows):
         own = [row for row in rows if row.contender == name]
@@ -79,8 +74,10 @@ def _slope_lines(rows: list[OpsRow]) -> list[tuple[str, ...]]:
         ratios = [ratio for _, ratio in _ratios(rows, name, LINEAR)] if name == TWICED else []
         at_longest, largest = (f"{ratios[-1]:.2f}", f"{max(ratios):.2f}") if ratios else ("", "")
         span = f"{shortest:,} to {longest:,}"
-        lines.append((*_kind_in_words(rows[0]), name, span, _cell(time), _cell(memory), at_longest, largest))
-    return lines
+        lines.append((name, span, _cell(time), _cell(memory), at_longest, largest))
+    title = f"Growth by number of tokens, {', '.join(_kind_in_words(rows[0]))}"
+    headers = ("contender", "tokens", "slope of time", "of memory", "ratio to linear", "at most")
+    return Table(title, headers, tuple(lines), words=2)
 
 
 def _crossing_lines(rows: list[OpsRow]) -> list[tuple[str, ...]]:
