@@ -21,7 +21,7 @@ from twicing.experiments.vision_job import ADVERSARIAL, converted_model
 from twicing.mechanisms.base import Mechanism
 from twicing.robustness.attacks import fgsm, pgd
 from twicing.robustness.eps50 import eps50
-from twicing.robustness.masking import masking_verdict
+from twicing.robustness.masking import MaskingVerdict, masking_verdict
 from twicing.robustness.noise import gaussian_noise
 from twicing.robustness.sweep import pgd_sweep
 from twicing.robustness.threat import Threat
@@ -359,10 +359,12 @@ def test_a_verdict_has_the_settings_of_the_recipe_and_a_stream_of_its_own(tmp_pa
     assert looked["generator"].initial_seed() == stream_seed(SEED, 21, 0)
 
 
-def test_pgd_and_its_bisection_have_the_settings_of_the_recipe(tmp_path, monkeypatch):
+@pytest.mark.parametrize("arm", ["twicing", "standard (other seeds)"])
+def test_pgd_and_its_bisection_have_the_settings_of_the_recipe(arm, tmp_path, monkeypatch):
+    """And the random numbers of the pair's seed, also where the arm's own weights are of another one."""
     asked = {}
     monkeypatch.setattr(vision_job, "under_pgd", lambda *images, **settings: asked.update(settings) or Part())
-    bench = vision_job.VISION.open(Job(RECIPE, ARMS["twicing"], SEED, tmp_path), lambda part, share: None)
+    bench = vision_job.VISION.open(Job(RECIPE, ARMS[arm], SEED, tmp_path), lambda part, share: None)
     bench.pgd()
     assert (asked["steps"], asked["restarts"]) == (3, 2)
     assert asked["start"].initial_seed() == stream_seed(SEED, 4, 0)
@@ -394,6 +396,22 @@ def test_eps50_is_refined_with_the_attack_of_the_sweep(monkeypatch):
     )
     assert asked == {"steps": 2, "restarts": 3, "batch_size": 4, "generator": bisection}
     assert (part.findings[-1].value, part.findings[-1].n) == (0.1, 5)
+
+
+def test_a_verdict_is_asked_for_with_the_settings_that_were_given(monkeypatch):
+    from twicing.experiments import attacking
+
+    asked = {}
+
+    def verdict(model, images, labels, threat, **settings):
+        asked.update(settings)
+        return MaskingVerdict((), {})
+
+    monkeypatch.setattr(attacking, "masking_verdict", verdict)
+    given = {"steps": 7, "spsa_images": 2, "spsa_iterations": 3, "spsa_samples": 4, "batch_size": 5}
+    given |= {"generator": generator(0, 0), "progress": lambda share: None}
+    attacking.look_for_masking(nn.Flatten(), torch.rand(3, 1, 2, 2), torch.zeros(3).long(), "1/32", {}, **given)
+    assert asked == given | {"transferred": {}}
 
 
 def test_a_verdict_keeps_what_was_seen(judged):

@@ -145,7 +145,8 @@ def test_it_works_inside_an_evaluation_loop_and_on_a_model_that_shares_its_outpu
     with torch.inference_mode():
         result = quick(network, few[0].clone(), few[1].clone(), Threat("1/16"), generator=seeded())
     assert torch.equal(result.adversarial, expected.adversarial)
-    kept = network(few[0]).detach()
+    # In float32, which the package computes in: logits of another dtype are copied anyway.
+    kept = network(few[0]).detach().float()
 
     def table(images):
         """Whatever it is shown, its answer is the same tensor: Square writes into it."""
@@ -155,7 +156,7 @@ def test_it_works_inside_an_evaluation_loop_and_on_a_model_that_shares_its_outpu
         patched.setattr("pyautoattack.square.SquareAttack.p_selection", _stop)
         with pytest.raises(_EnoughError):
             auto_attack(table, *few, Threat("1/16"), attacks=["square"], generator=seeded())
-    assert torch.equal(kept, network(few[0]))
+    assert torch.equal(kept, network(few[0]).float())
 
 
 def test_its_doubts_are_notes_and_not_on_the_screen(network, few, capfd):
@@ -283,6 +284,28 @@ def test_the_package_is_asked_for_what_was_asked_for(options, version, attacks, 
     assert (settings["version"], settings["attacks"]) == (version, attacks)
     assert (settings["norm"], settings["eps"]) == ("Linf", 1 / 16)
     assert (package.apgd_targeted.n_target_classes, package.fab.n_target_classes) == (targets, targets)
+
+
+def test_only_images_that_stand_are_shown_to_the_package(few, monkeypatch):
+    """In batches of their own: the images of a batch share its random numbers."""
+    shown = []
+
+    class Package:
+        def __init__(self, model, **settings):
+            self.apgd_targeted, self.fab = SimpleNamespace(), SimpleNamespace()
+
+        def run_standard_evaluation(self, images, labels, batch_size):
+            shown.append(images)
+            return images, labels
+
+    monkeypatch.setattr(module, "_package", lambda: Package)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 4).double()).eval()
+    images = few[0][:9]
+    labels = model(images).argmax(1)
+    labels[[0, 4, 5]] = (labels[[0, 4, 5]] + 1) % 4
+    auto_attack(model, images, labels, Threat("1/16"), batch_size=4)
+    assert [len(batch) for batch in shown] == [4, 2]
+    assert torch.equal(torch.cat(shown), images[[1, 2, 3, 6, 7, 8]].float())
 
 
 @pytest.mark.parametrize(("version", "classes"), [("rand", 2), ("plus", 3), ("standard", 3)])

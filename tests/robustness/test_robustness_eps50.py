@@ -73,6 +73,15 @@ def test_the_resolution_is_kept(resolution):
     assert 2 * (found.high - found.low) > resolution * found.low
 
 
+def test_the_resolution_is_a_share_of_the_upper_end():
+    model, images, labels = linear_case(41)
+    low = Fraction(truth(model, images, labels) / 1.5)
+    sweep = pgd_sweep(model, images, labels, [low, 2 * low], **OPTIMAL)
+    # (2 - 1) / 2 is 0.5 already; of the lower end the bracket is 1.
+    found = eps50(model, images, labels, sweep, **OPTIMAL, resolution=0.5)
+    assert (found.low, found.high) == (low, 2 * low)
+
+
 @pytest.mark.parametrize("copies", [2, 5])
 def test_ties(copies):
     """Equal images change sides together; the median is one of them."""

@@ -436,7 +436,8 @@ def test_it_is_deterministic_and_leaves_model_and_random_state_alone(network, ha
 def test_progress_rises_to_one(network, half, other):
     told = []
     examine(network, half, other, progress=told.append)
-    assert told == sorted(told)
+    # Every step of it moves the bar.
+    assert told == sorted(set(told))
     assert len(told) >= 4
     assert told[-1] == 1
 
