@@ -45,4 +45,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("name one run folder: python scripts/readme_picture.py runs/digits")
     main(Path(sys.argv[1]))

@@ -3,13 +3,14 @@
 The converted model starts at the trained function (gain 0) and learns, for each layer and head, how much to twice. Both
 see the same batches; the one without gets equal steps, and, in a third arm, equal seconds. Paired over seeds.
 
-Run it: python scripts/retrofit.py --model FOLDER --text FILE.txt --seeds 8 --steps 600 --out runs/retrofit
+Run it: python scripts/retrofit.py --model FOLDER --text FILE.txt --out runs/retrofit --seeds 8 --steps 600
 FOLDER holds a model of transformers with its tokenizer, or one in llama2.c's format (NAME.bin and tok*.bin).
 """
 
 import copy
 import json
 import math
+import shlex
 import statistics
 import sys
 import time
@@ -319,20 +320,25 @@ def gains_by_layer(results: list[Result]) -> list[tuple[str, str]]:
     ]
 
 
-def markdown(results: list[Result], options: Options, model: nn.Module) -> str:
-    """The same as a section of docs/results.md, with the command that makes it and what it cannot tell."""
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+def typed_again(options: Options) -> str:
+    """The command that gives the options, for a shell."""
     given = {
         field.name.replace("_", "-"): getattr(options, field.name)
         for field in fields(options)
         if field.name in ("seeds", "steps") or getattr(options, field.name) != field.default
     }
-    typed = " ".join(["python scripts/retrofit.py", *(f"--{name} {value}" for name, value in given.items())])
+    words = [word for name, value in given.items() for word in (f"--{name}", str(value))]
+    return shlex.join(["python", "scripts/retrofit.py", *words])
+
+
+def markdown(results: list[Result], options: Options, model: nn.Module) -> str:
+    """The same as a section of docs/results.md, with the command that makes it and what it cannot tell."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     return "\n".join(
         [
             f"## {type(model).__name__} of {parameters:,} parameters, fine-tuned with twicing put into it",
             "",
-            f"`{typed}`",
+            f"`{typed_again(options)}`",
             "",
             f"{options.seeds} seeds; {options.steps} steps of {options.batch} sequences of {options.length} tokens. "
             "Losses are nats per token on the last tenth of the text, which was never trained on. Every arm starts at "

@@ -20,8 +20,12 @@ RUN_ELSEWHERE = {
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", flags=re.DOTALL | re.MULTILINE)
 COMMANDS = [
     (page, found.strip())
-    for page, text in PAGES.items()
-    for found in re.findall(r"^    (twicing [a-z].*?)(?:\s{2,}#.*)?$", text, flags=re.MULTILINE)
+    for page, text in (PAGES | {"../README.md": (ROOT / "README.md").read_text(encoding="utf-8")}).items()
+    # On lines of their own, and with their options in the text.
+    for found in [
+        *re.findall(r"^    (twicing [a-z].*?)(?:\s{2,}#.*)?$", text, flags=re.MULTILINE),
+        *re.findall(r"`(twicing [a-z]+ [^`\n]*--[^`\n]*)`", text),
+    ]
 ]
 
 

@@ -1,6 +1,8 @@
 """scripts/retrofit.py at the smallest size: every arm and seed, the same batches, equal seconds, and what it says."""
 
 import json
+import re
+import shlex
 import struct
 import sys
 from pathlib import Path
@@ -8,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
 
 import llama2c
 import retrofit
 
+ROOT = Path(__file__).parents[2]
 HEADER = (16, 24, 2, 4, 2, 300, 64)
 
 
@@ -89,8 +93,19 @@ def test_tokens_are_merged_by_score_within_words(folder):
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+def command_of(page):
+    """The command that a page names, and the options that it gives."""
+    (command,) = re.findall(r"^`(python scripts/retrofit\.py .*)`$", page, flags=re.MULTILINE)
+    return command, tyro.cli(retrofit.Options, args=shlex.split(command)[2:])
+
+
+def test_the_command_in_the_documentation_is_as_the_script_would_write_it():
+    command, options = command_of((ROOT / "docs" / "results.md").read_text(encoding="utf-8"))
+    assert retrofit.typed_again(options) == command
+
+
 def test_every_arm_and_seed(folder, capsys):
-    text = folder / "text.txt"
+    text = folder / "my text.txt"
     text.write_text("ab a c b cab " * 400)
     options = retrofit.Options(folder, text, folder / "out", seeds=2, steps=3, batch=2, length=16, held_out=4)
     results = retrofit.main(options)
@@ -109,7 +124,7 @@ def test_every_arm_and_seed(folder, capsys):
     assert "n = 2 seeds" in said
     assert "What was learned" in said
     page = (folder / "out" / "results.md").read_text(encoding="utf-8")
-    assert "`python scripts/retrofit.py --model" in page
+    assert command_of(page)[1] == options
     assert "| standard, equal seconds |" in page
     assert f"{results[0].gains[1][0]:+.3f}"[:3] in page.split("| layer |")[1]
 
