@@ -200,6 +200,16 @@ def test_a_float_mask_of_fp32_beside_half_precision(generator):
     assert relative_rms(d_mask, expected) < 0.02
 
 
+def test_the_gradient_of_a_mask_in_half_precision_is_summed_in_fp32_and_rounded_once(cut, generator):
+    """Over heads, boxes and blocks: it is that of the same mask in fp32."""
+    q, k, v = make_inputs((4, 6, 37, 8), generator=generator, dtype=torch.bfloat16)
+    half = torch.randn(37, 37, generator=generator).bfloat16().requires_grad_()
+    wide = half.detach().float().requires_grad_()
+    upstream = torch.randn(v.shape, generator=generator).bfloat16()
+    (d_half,), (d_wide,) = (torch.autograd.grad(call(q, k, v, mask), mask, upstream) for mask in (half, wide))
+    assert torch.equal(d_half, d_wide.bfloat16())
+
+
 def test_a_row_that_may_attend_to_nothing_is_zero_and_gives_none(cut, generator):
     q, k, v = make_inputs((2, 3, 37, 8), generator=generator)
     mask = masks(generator)["rows"]

@@ -14,9 +14,9 @@ call = partial(twicing_attention, backend="blocked")
 N = 37
 
 
-@pytest.fixture(params=["one-block", "blocks", "blocks-in-the-backward", "uneven-blocks"])
+@pytest.fixture(params=["one-block", "blocks", "blocks-in-the-backward", "uneven-blocks", "large-squares"])
 def cut(request, monkeypatch):
-    """The third as for a thousand or two tokens: the forward takes all rows in one block."""
+    """The third as for a thousand or two tokens: the forward takes all rows in one block. The last cuts no square."""
     if request.param != "one-block":
         whole = 16 << 20 if request.param == "blocks-in-the-backward" else 0
         backward = 8 << 10 if request.param == "uneven-blocks" else 4 << 10
@@ -24,7 +24,7 @@ def cut(request, monkeypatch):
         monkeypatch.setattr(plan, "PART_BYTES", {"forward": 4 << 10, "backward": backward})
         monkeypatch.setattr(plan, "WHOLE_BYTES", {"forward": whole, "backward": 0})
         monkeypatch.setattr(plan, "LEAST_COLUMNS", 8)
-        monkeypatch.setattr(plan, "DROPOUT_TILE", 8)
+        monkeypatch.setattr(plan, "DROPOUT_TILE", 24 if request.param == "large-squares" else 8)
 
 
 @pytest.fixture
@@ -68,6 +68,20 @@ def test_heads_rows_and_calls_drop_different_weights(cut, inputs):
         assert 0.35 < float((pair[0] == pair[1]).double().mean()) < 0.65
     again = call(q, k, torch.eye(N, dtype=torch.float64).expand(2, 3, N, N), gain=0.0, dropout_p=0.5) != 0
     assert 0.4 < float((again == kept).double().mean()) < 0.6
+
+
+def test_no_two_squares_drop_the_same_weights(monkeypatch, inputs):
+    """Of one head, of several, and across the diagonal: seen in their corners, which the last squares have too."""
+    monkeypatch.setattr(plan, "DROPOUT_TILE", 8)
+    q, k, _ = inputs
+    kept = dropped_matrix(q, k, dropout_p=0.5) != 0
+    corners = [
+        tuple(head[row : row + 5, column : column + 5].flatten().tolist())
+        for head in kept.flatten(0, 1)
+        for row in range(0, N, 8)
+        for column in range(0, N, 8)
+    ]
+    assert len(set(corners)) == len(corners) == 6 * 5 * 5
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])

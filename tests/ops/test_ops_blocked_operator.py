@@ -13,6 +13,7 @@ from twicing import explain_backend, twicing_attention
 from twicing.ops.blocked import plan, scratch
 from twicing.ops.blocked.operator import blocked_backward, blocked_forward
 from twicing.ops.blocked.walk import Walk
+from twicing.ops.blocked.weights import Heads
 from twicing.testing import make_inputs, relative_rms
 
 call = partial(twicing_attention, backend="blocked")
@@ -268,7 +269,7 @@ def test_scratch_lends_no_memory_twice_and_no_more_than_it_has():
 @pytest.mark.parametrize("has_dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 197, 300, 1024, 2048, 4096, 5000, 20_001, 100_000])
+@pytest.mark.parametrize("tokens", [0, 1, 15, 16, 197, 256, 300, 767, 1024, 2048, 4096, 5000, 20_001, 100_000])
 def test_plans_cover_every_row_or_column_once_within_their_memory(tokens, is_causal, direction, has_dropout):
     made = plan.plan(24, tokens, 4, is_causal=is_causal, direction=direction, has_dropout=has_dropout)
     assert [row for block in made.blocks for row in range(block.start, block.stop)] == list(range(tokens))
@@ -282,6 +283,49 @@ def test_plans_cover_every_row_or_column_once_within_their_memory(tokens, is_cau
     # Buffers are no larger than the call.
     few = plan.plan(1, tokens, 4, is_causal=is_causal, direction=direction, has_dropout=has_dropout)
     assert (few.heads, few.length <= tokens) == (1, True)
+    # On one thread, heads are put together only where the longest block of them all is small.
+    assert made.heads == 1 or 4 * made.block_size <= plan.BOX_BYTES[direction]
+
+
+def test_blocks_are_as_long_as_planned_but_for_the_last():
+    """Which is longer where there would be too little left: of 767 columns no 255 are cut off."""
+
+    def lengths(tokens, direction, *, is_causal, element_size=4):
+        made = plan.plan(1, tokens, element_size, is_causal=is_causal, direction=direction)
+        return [block.stop - block.start for block in made.blocks]
+
+    assert lengths(511, "backward", is_causal=True) == [511]
+    assert lengths(512, "backward", is_causal=True) == [256, 256]
+    assert lengths(767, "backward", is_causal=True) == [256, 511]
+    assert lengths(768, "backward", is_causal=True) == [256, 256, 256]
+    assert lengths(1024, "forward", is_causal=True) == [128] * 8
+    assert lengths(4096, "forward", is_causal=True) == [256] * 16
+    assert lengths(2048, "backward", is_causal=False) == [512] * 4
+    assert lengths(4096, "forward", is_causal=False) == [512] * 8
+    # Numbers of 8 bytes take twice the room.
+    assert lengths(2048, "forward", is_causal=False) == [2048]
+    assert lengths(2048, "forward", is_causal=False, element_size=8) == [512] * 4
+
+
+@pytest.mark.parametrize(("is_causal", "made"), [(False, 4 * 4 + 3 + 2 + 1), (True, 4 + 3 + 2 + 1)])
+def test_no_more_of_a_is_made_than_the_sums_need(is_causal, made, monkeypatch, generator):
+    """Of 64 tokens, in 4 x 4 squares: what lies beyond the diagonal twice; causal, only what lies up to it."""
+    monkeypatch.setattr(plan, "PART_BYTES", {"forward": 1, "backward": 1})
+    monkeypatch.setattr(plan, "WHOLE_BYTES", {"forward": 0, "backward": 0})
+    monkeypatch.setattr(plan, "LEAST_COLUMNS", 16)
+    sizes, weights = [], Heads.weights
+
+    def counted(heads, buffer, rows, columns, shift):
+        sizes.append((rows.stop - rows.start) * (columns.stop - columns.start) / 16**2)
+        return weights(heads, buffer, rows, columns, shift)
+
+    monkeypatch.setattr(Heads, "weights", counted)
+    leaves = [tensor.requires_grad_() for tensor in make_inputs((1, 1, 64, 8), generator=generator)]
+    output = call(*leaves, is_causal=is_causal)
+    assert sum(sizes) == made
+    sizes.clear()
+    output.sum().backward()
+    assert sum(sizes) == made
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])

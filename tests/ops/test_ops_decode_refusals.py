@@ -59,6 +59,11 @@ STEPS_REFUSED = {
         GROUPED,
         r"in torch\.float64 on cpu, and the new .* in torch\.float32 on cpu",
     ),
+    "device": (
+        tuple(tensor.to("meta") for tensor in broken()),
+        GROUPED,
+        r"in torch\.float64 on cpu, and the new .* in torch\.float64 on meta",
+    ),
     "batch": (tuple(tensor[:1] for tensor in broken()), GROUPED, r"\[2, 2, n, 8\] .* would add \[1, 2, n, 8\]"),
     "all-keys": (
         (broken()[0], *tokens_of(2, 6)[1:]),
@@ -100,11 +105,14 @@ STEPS_REFUSED = {
 @storage
 @pytest.mark.parametrize("case", STEPS_REFUSED)
 def test_a_step_that_does_not_fit_is_refused_and_leaves_the_state_as_it_was(case, capacity):
+    """Again and again, and after a token that fitted too."""
     new, options, message = STEPS_REFUSED[case]
     inputs = tokens_of(2, 7)
-    state = after_prompt(cut(inputs, 0, 5), capacity=capacity)
-    with pytest.raises(ValueError, match=message):
-        decode_step(*new, state, **options)
+    state = after_prompt(cut(inputs, 0, 4), capacity=capacity)
+    decode_step(*cut(inputs, 4, 5), state, **GROUPED)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            decode_step(*new, state, **options)
     assert state.length == 5
     output = decode_step(*cut(inputs, 5, 7), state, **GROUPED)
     assert relative_rms(output, truth(*inputs, is_causal=True, **GROUPED)[:, :, 5:]) <= FP64

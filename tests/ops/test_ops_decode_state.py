@@ -115,6 +115,21 @@ def test_residuals_are_those_of_the_definition(capacity):
     assert torch.equal(state.values, value)
 
 
+@pytest.mark.parametrize("gain", [0.0035, torch.tensor([0.0035, 0.1, 0.0, 1.7])], ids=["number", "per-head"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_residuals_in_half_precision_are_rounded_once_and_gains_never(dtype, gain):
+    """Two tokens with the same key and opposite values: the second's A V is zero, and its R is (1 + g) V."""
+    value = torch.randn(1, HEADS, 1, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
+    same = torch.zeros(1, HEADS, 2, 4, dtype=dtype)
+    state = DecodeState(gain=gain)
+    decode_step(same, same, torch.cat([-value, value], dim=2), state)
+    g = gain[:, None, None].double() if isinstance(gain, torch.Tensor) else gain
+    expected = (1 + g) * value.double()
+    # Half a unit in the last place, and the little that fp32 adds.
+    limit = 0.501 * torch.finfo(dtype).eps * expected.abs()
+    assert ((state.residuals[:, :, 1:] - expected).abs() <= limit).all()
+
+
 @storage
 def test_cropped_tokens_are_as_if_never_given(capacity):
     """As in speculative decoding: guesses are rejected, others take their place."""
@@ -225,10 +240,13 @@ def test_an_allocated_state_refuses_gradients_but_not_their_absence(context):
         decode_step(query, key, value, DecodeState(capacity=3, gain=gain), **GROUPED)
     with pytest.raises(ValueError, match=message):
         decode_step(query, key, value, DecodeState(capacity=3), mask, **GROUPED)
+    for learnt in range(3):
+        new = [tensor.clone().requires_grad_(number == learnt) for number, tensor in enumerate((query, key, value))]
+        state = DecodeState(capacity=3)
+        with pytest.raises(ValueError, match=message):
+            decode_step(*new, state, **GROUPED)
+        assert state.keys is None
     state = DecodeState(capacity=3, gain=gain)
-    with pytest.raises(ValueError, match=message):
-        decode_step(query, key.requires_grad_(), value, state, **GROUPED)
-    assert state.keys is None
     with context():
         output = decode_in_steps((query, key, value), [2, 1], state, **GROUPED)
     assert relative_rms(output, truth(query, key, value, is_causal=True, **GROUPED)) <= FP64
