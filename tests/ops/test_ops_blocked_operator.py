@@ -341,6 +341,24 @@ def test_no_block_of_a_backward_is_narrow_and_dropouts_squares_are_not_cut(token
                 assert all(block.start % plan.DROPOUT_TILE == 0 for block in blocks)
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_no_block_of_a_is_made_of_fewer_columns_than_are_rounded_alike(is_causal, monkeypatch, generator):
+    """However few of them its product with R takes in: of the first rows in causal order, of the last ones without."""
+    monkeypatch.setattr(plan, "PART_BYTES", {"forward": 1, "backward": 1})
+    monkeypatch.setattr(plan, "WHOLE_BYTES", {"forward": 0, "backward": 0})
+    made, weights = [], Heads.weights
+
+    def noted(heads, buffer, rows, columns, shift):
+        made.append(columns)
+        return weights(heads, buffer, rows, columns, shift)
+
+    monkeypatch.setattr(Heads, "weights", noted)
+    leaves = [tensor.requires_grad_() for tensor in make_inputs((1, 1, 520, 4), generator=generator)]
+    call(*leaves, is_causal=is_causal).sum().backward()
+    assert len(made) > 32
+    assert min(columns.stop - columns.start for columns in made) == plan.LEAST_COLUMNS
+
+
 @pytest.mark.parametrize("together", [1, 2, 3, 5, 7, 100])
 def test_boxes_cover_every_head_once(together):
     made = list(plan.boxes(4, 5, together))

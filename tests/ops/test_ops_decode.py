@@ -14,6 +14,7 @@ from stepwise import causal_mask, decode_in_steps
 from torch._dynamo.testing import CompileCounter
 
 from twicing import attention_matrix, twicing_attention
+from twicing.ops import decode
 from twicing.ops.decode import FEW_TOKENS, TOKENS_PER_MASK, decode_step
 from twicing.ops.decode_state import DecodeState
 from twicing.testing import error_budget, make_inputs, relative_rms, truth
@@ -225,6 +226,17 @@ def test_masks_mean_what_they_mean_in_the_full_forward(make_mask, padded, key_he
         assert relative_rms(output, expected) <= FP64
         if make_mask in (window, windowed_distances):
             assert (output[1, :, 20] == 0).all()
+
+
+@pytest.mark.parametrize("make_mask", [windowed_distances, masked_keys])
+def test_a_mask_of_a_long_prompt_is_cut_as_its_tokens_are(make_mask, monkeypatch):
+    """As where more tokens are given than a mask is made for at a time."""
+    monkeypatch.setattr(decode, "TOKENS_PER_MASK", 17)
+    inputs = make_inputs((2, HEADS, 40, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask, allowed = make_mask(40), causal_mask(40)
+    mask = mask.double() if mask.is_floating_point() else mask
+    full = mask & allowed if mask.dtype == torch.bool else torch.where(allowed, mask, float("-inf"))
+    assert relative_rms(decode_step(*inputs, DecodeState(), mask), truth(*inputs, full)) <= FP64
 
 
 @pytest.mark.parametrize("steps", [[30], [1] * 30, [3, 7, 20]], ids=["prompt", "single", "chunks"])
