@@ -122,3 +122,19 @@ def test_the_seed_comes_from_torchs_default_generator(inputs):
     state = torch.get_rng_state()
     call(*inputs)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_short_sequences_draw_no_more_than_they_have(monkeypatch):
+    """A square that reaches beyond the last token is drawn only as far as that."""
+    drawn = []
+    bernoulli = torch.Tensor.bernoulli_
+
+    def counted(self, *args, **options):
+        drawn.append(self.numel())
+        return bernoulli(self, *args, **options)
+
+    monkeypatch.setattr(torch.Tensor, "bernoulli_", counted)
+    x = torch.randn(2, 3, 16, 8)
+    call(x, x, x, dropout_p=0.5)
+    # Once for each head and product.
+    assert drawn == [16 * 16] * 12

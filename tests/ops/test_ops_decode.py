@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -320,3 +321,40 @@ def test_compiled_steps_are_one_graph_that_serves_every_length(capacity):
     # The first length is compiled as a number, the second as a symbol.
     assert counter.frame_count == 2
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("scale", [-1.3, 0.0])
+def test_a_scale_that_is_not_positive_in_steps_and_whole_prompts(scale):
+    inputs = make_inputs((1, HEADS, 40, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = twicing_attention(*inputs, is_causal=True, scale=scale, backend="reference")
+    for steps in ([40], [1] * 40, [20, 20]):
+        output = decode_in_steps(inputs, steps, DecodeState(), scale=scale)
+        assert relative_rms(output, expected) <= 1e-14
+
+
+def test_an_fp32_mask_beside_fp64_tokens():
+    inputs = make_inputs((1, HEADS, 40, 8), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.randn(40, 40, generator=torch.Generator().manual_seed(1))
+    forbidden = torch.ones(40, 40, dtype=torch.bool).triu(1)
+    expected = twicing_attention(*inputs, mask.double().masked_fill(forbidden, -math.inf), backend="reference")
+    for order in (1, 2):
+        state = DecodeState(order=order)
+        output = decode_step(*(tensor[:, :, :30] for tensor in inputs), state, mask[:30, :30])
+        if order == 2:
+            assert relative_rms(output, expected[:, :, :30]) <= 1e-14
+        last = decode_step(*(tensor[:, :, 30:] for tensor in inputs), state, mask[30:])
+        if order == 2:
+            assert relative_rms(last, expected[:, :, 30:]) <= 1e-14
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("shape", [(0, 2, 4, 4), (2, 0, 4, 4), (2, 2, 0, 4), (2, 2, 4, 0)], ids=str)
+def test_empty_batches_heads_and_widths(shape, tokens):
+    """Without a width of query and key every score is zero, and a token averages what it sees."""
+    batch, heads, width, value_width = shape
+    query, value = torch.randn(batch, heads, tokens, width), torch.randn(batch, heads, tokens, value_width)
+    output = decode_step(query, query, value, DecodeState())
+    assert output.shape == value.shape
+    if width == 0:
+        expected = twicing_attention(query, query, value, is_causal=True, backend="reference")
+        torch.testing.assert_close(output, expected)

@@ -167,3 +167,22 @@ def test_beams_and_crops_that_make_no_sense_are_refused():
     for length in (6, -1):
         with pytest.raises(ValueError, match=rf"keeps between 0 and the 5 tokens that are there: got {length}"):
             state.crop(length)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tokens_are_refused_in_a_sentence():
+    nested = torch.nested.nested_tensor([torch.randn(4, 1, 8)] * 2)
+    with pytest.raises(ValueError, match="Nested tensors are not supported"):
+        decode_step(nested, nested, nested, DecodeState())
+
+
+@pytest.mark.parametrize("padding", [torch.tensor([1]), torch.tensor([0, 1, 1])], ids=["one", "three"])
+def test_padding_that_is_replaced_is_checked_again(padding):
+    inputs = tokens_of(2, 7)
+    state = after_prompt(cut(inputs, 0, 5), padding=torch.tensor([0, 1]))
+    decode_step(*cut(inputs, 5, 6), state, **GROUPED)
+    state.padding = padding
+    with pytest.raises(
+        ValueError, match=f"padding is for {len(padding)} sequences on cpu, and the new tokens are of 2"
+    ):
+        decode_step(*cut(inputs, 6, 7), state, **GROUPED)

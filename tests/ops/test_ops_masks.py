@@ -97,7 +97,7 @@ def test_a_naive_softmax_would_be_poisoned(inputs):
     assert not (once + A @ (v - once)).isfinite().any()
 
 
-def like_an_older_kernel(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
+def like_an_older_kernel(query, key, value, attn_mask=None, scale=None, **_):
     """SDPA as it was, and as other kernels are: an empty row is 0 / 0, in the output and in the gradients."""
     bias = attn_mask if attn_mask.is_floating_point() else as_float(attn_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -140,6 +140,23 @@ def test_huge_finite_masks_keep_the_meaning_of_sdpa(dtype, backend, inputs):
     output = twicing_attention(q, k, v, mask, backend=backend)
     assert output.isfinite().all()
     assert (output[:, :, 1] != 0).any()
+
+
+def test_double_precision_queries_take_an_fp32_mask(backend, inputs):
+    """Which SDPA on the CPU reads as if it were in fp64."""
+    mask = torch.randn(N, N, generator=torch.Generator().manual_seed(2))
+    expected = twicing_attention(*inputs, mask.double(), backend="reference")
+    assert relative_rms(twicing_attention(*inputs, mask, backend=backend), expected) < FP64
+
+
+@pytest.mark.parametrize("scale", [-1.3, 0.0])
+def test_a_scale_that_is_not_positive_in_causal_order(scale, backend, inputs):
+    """SDPA on the CPU multiplies the -inf of what is forbidden by it."""
+    future = torch.ones(N, N, dtype=torch.bool).triu(1)
+    scores = (scale * inputs[0] @ inputs[1].mT).masked_fill(future, -INF)
+    A, v = scores.softmax(-1), inputs[2]
+    output = twicing_attention(*inputs, is_causal=True, scale=scale, backend=backend)
+    assert relative_rms(output, A @ (2 * v - A @ v)) < FP64
 
 
 def test_half_precision_queries_take_an_fp32_mask(backend, inputs):

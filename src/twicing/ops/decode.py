@@ -7,7 +7,6 @@ arXiv 2503.00687, Definition 2, in the causal case.
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from twicing.ops.autocast import as_autocast, autocast_off
@@ -15,6 +14,7 @@ from twicing.ops.boost import Smoother
 from twicing.ops.call import broadcastable_gain, check_mask, check_same_kind, check_shapes, to_query_heads
 from twicing.ops.decode_state import DecodeState
 from twicing.ops.empty_rows import NEGATIVE_INFINITY, empty_again, masked_softmax, open_empty_rows
+from twicing.ops.sdpa import fused
 
 # Up to so many new tokens, their rows of A are formed once, and K, V and R are read once each, which is what a step
 # waits for. More tokens are a prompt, where fused attention is faster though it forms the rows twice.
@@ -101,18 +101,21 @@ def _by_matrix(query: Tensor, keys: Tensor, mask: Tensor | None, scale: float | 
     """v -> A v with the new rows of A formed once; query heads that share a key head read it together, uncopied."""
     batch, heads, tokens, width = query.shape
     key_heads, seen = keys.shape[1], keys.shape[2]
+    # Not left to torch as -1, which it cannot tell where something is empty.
+    together = tokens * heads // max(1, key_heads)
     if mask is not None:
-        mask = mask.expand(batch, heads, tokens, seen).reshape(batch * key_heads, -1, seen)
+        mask = mask.expand(batch, heads, tokens, seen).reshape(batch * key_heads, together, seen)
     # A width of 0 makes every score 0, whatever the scale.
     scale = 1.0 / math.sqrt(max(width, 1)) if scale is None else scale
-    scores = _scores(query.reshape(batch * key_heads, -1, width), keys.flatten(0, 1), scale)
+    scores = _scores(query.reshape(batch * key_heads, together, width), keys.flatten(0, 1), scale)
     attn = masked_softmax(scores, mask)
     if _is_half(query):
         attn = attn.to(query.dtype)
 
     def smooth(v: Tensor) -> Tensor:
-        v = v.flatten(0, 1)
-        return torch.bmm(attn.view(len(v), -1, seen), v).view(batch, heads, tokens, -1)
+        rows = tokens * heads // max(1, v.shape[1])
+        smoothed = torch.bmm(attn.view(batch * v.shape[1], rows, seen), v.flatten(0, 1))
+        return smoothed.view(batch, heads, tokens, v.shape[-1])
 
     return smooth
 
@@ -141,9 +144,7 @@ def _by_sdpa(query: Tensor, keys: Tensor, mask: Tensor | None, is_causal: bool, 
     def smooth(v: Tensor) -> Tensor:
         key = to_query_heads(keys, query, enable_gqa=v.shape[1] != keys.shape[1])
         enable_gqa = key.shape[1] != query.shape[1]
-        rows = F.scaled_dot_product_attention(
-            query, key, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        rows = fused(query, key, v, mask, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
         return rows if occupied is None else empty_again(rows, occupied)
 
     return smooth
@@ -177,7 +178,11 @@ def _check(
 ) -> None:
     """Raise where the new tokens do not fit together, or do not fit what the state holds."""
     # Token after token is of the same kind, and a step of one token takes about as long as checking it.
-    kind = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in (query, key, value)), enable_gqa
+    padding = None if state.padding is None else (state.padding.shape, state.padding.device)
+    if query.is_nested or key.is_nested or value.is_nested:
+        # They have no shape to look at.
+        check_same_kind(query=query, key=key, value=value)
+    kind = *((tensor.shape, tensor.dtype, tensor.device) for tensor in (query, key, value)), padding, enable_gqa
     if kind != state.checked_kind:
         _check_kind(query, key, value, enable_gqa)
         state.check_fits(query, key, value)

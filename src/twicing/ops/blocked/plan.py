@@ -15,7 +15,8 @@ PART_BYTES = {"forward": 8 << 20, "backward": 4 << 20}
 # Products of fewer rows are too thin to be fast.
 LEAST_ROWS = 16
 # Products of fewer columns are rounded otherwise (by MKL: seen up to 188 columns, and not from 256 on). Scores made
-# again would not be those whose sums were taken, and gradients twice as far off.
+# again would not be those whose sums were taken, and gradients twice as far off. With more threads than heads they can
+# still differ, and then gradients of scores in the hundreds are off by a few 1e-5.
 LEAST_COLUMNS = 256
 # Blocks in a causal sweep, which wastes half a square of each, and the length that suffices for however many tokens.
 CAUSAL_BLOCKS = 8

@@ -35,15 +35,15 @@ class Dropout:
     def draw(self, out: Tensor, first_head: int, rows: slice, columns: slice, tokens: int) -> Tensor:
         """1 where a weight is kept and 0 where it is dropped, in a block [G, rows, columns] of heads of N tokens.
 
-        Rows and columns start at a square's edge; what a square has beyond their end is drawn, and not used.
+        Rows and columns start at a square's edge; what a square has beyond their end is drawn too, and not used.
         """
         generator, edge = torch.Generator(), plan.DROPOUT_TILE
         across = -(-tokens // edge)
-        square = out.new_empty(edge, edge)
         for head, of_head in enumerate(out, first_head):
             for i in range(rows.start, rows.stop, edge):
                 for j in range(columns.start, columns.stop, edge):
                     generator.manual_seed(self.seed + (head * across + i // edge) * across + j // edge)
+                    square = out.new_empty(min(edge, tokens - i), min(edge, tokens - j))
                     square.bernoulli_(1.0 - self.share, generator=generator)
                     part = of_head[i - rows.start :, j - columns.start :][:edge, :edge]
                     part.copy_(square[: part.shape[0], : part.shape[1]])
