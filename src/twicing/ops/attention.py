@@ -33,6 +33,7 @@ class Backend(Protocol):
 # `triton` stands behind `reference`, which refuses nothing, and so is taken by name only, until a record says more.
 BACKENDS: dict[str, Backend] = {"sdpa": sdpa, "reference": reference, "blocked": blocked, "triton": triton}
 BLOCKED_RECORD = "benchmarks/results/ops-cpu-2-threads-float32.csv"
+# Of one thread there is a record beside it, which says the same.
 BLOCKED_MOST_THREADS = 2
 BLOCKED_LEAST_HEADS = 8
 BLOCKED_LEAST_WIDTH = 16
