@@ -2,20 +2,23 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
-from twicing.experiments.bench import ops
+from twicing.experiments.bench import ops, plot
 from twicing.experiments.bench.cases import PASSES
 from twicing.experiments.bench.contenders import Contender, all_contenders
 from twicing.experiments.bench.options import OpsOptions
 from twicing.experiments.bench.rich_screen import RichScreen
 from twicing.experiments.bench.rows import MEASURED, read_rows
 from twicing.experiments.bench.screen import PlainScreen
+from twicing.experiments.drawing import arm_styles
 
 CPU = torch.device("cpu")
+RECORDS = Path(__file__).parents[2] / "benchmarks/results"
 QUICK = {"shapes": ("1x2x16x8", "1x1x32x8-causal"), "threads": 1, "repeats": 3, "seconds": 0.01, "memory": False}
 
 
@@ -54,6 +57,29 @@ def test_every_contender_has_a_row_for_each_shape_and_pass(tmp_path, planted, ca
     assert "two SDPA calls" in picture
     assert "peak memory [MB]" in picture
     assert "forgets" not in picture
+
+
+def test_the_plot_shows_every_contender_by_a_mark_of_its_own_and_ours_in_full_colours(tmp_path, monkeypatch):
+    styles = {}
+
+    def kept(names, controls):
+        styles.update(arm_styles(names, controls))
+        return styles
+
+    monkeypatch.setattr("twicing.experiments.drawing.arm_styles", kept)
+    rows, _ = read_rows(RECORDS / "ops-cpu-2-threads-float32.csv")
+    assert plot.draw(rows, tmp_path / "plot.svg", PlainScreen())
+    assert set(styles) == {row.contender for row in rows}
+    assert len({(style.color, style.marker) for style in styles.values()}) == len(styles)
+    assert {name for name, style in styles.items() if style.control} == {"two SDPA calls", "dense", "dense, compiled"}
+    ours = [style.color for style in styles.values() if not style.control]
+    assert len(set(ours)) == len(ours)
+
+
+def test_axes_of_less_than_a_decade_have_ticks_too():
+    assert plot._ticks(0.9, 2.2, (1.0, 1.5, 2.0, 3.0, 5.0)) == [1.0, 1.5, 2.0]
+    assert plot._ticks(11.0, 99.0, (1.0, 2.0, 5.0)) == [20.0, 50.0]
+    assert plot._ticks(0.4, 12.0, (1.0, 2.0, 5.0)) == [0.5, 1.0, 2.0, 5.0, 10.0]
 
 
 def test_without_a_sound_sdpa_there_is_no_ratio(tmp_path, planted, monkeypatch):
