@@ -6,7 +6,7 @@ tyro says the same in a box of many lines, and says it of Python's types.
 import dataclasses
 import re
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from docstring_parser import parse_from_object
@@ -30,10 +30,8 @@ def wrong_value(commands: Mapping[str, type], given: Sequence[str], parts: Mappi
     see = f"See twicing {name} --help."
     if name in parts:
         return f"{name} needs to be told what: {', '.join(parts[name])}. {see}"
-    hints = typing.get_type_hints(command, include_extras=True)
     alone: list[str] = []
-    for option, values in _by_option(words):
-        kind, several = _kind(hints.get(option.removeprefix("--").replace("-", "_"), bool))
+    for option, kind, several, values in _options(command, words):
         taken = values if several else values[: kind is not bool]
         alone += values[len(taken) :]
         expected = _expected(kind, several)
@@ -42,7 +40,7 @@ def wrong_value(commands: Mapping[str, type], given: Sequence[str], parts: Mappi
         wrong = [value for value in taken if kind in KINDS and not _is_one(kind, value)]
         if wrong:
             return f"{option} takes {expected}: got {wrong[0]!r}. {see}"
-    needed = _positional(command, hints)
+    needed = _positional(command)
     return f"{name} needs {needed}. {see}" if needed and not alone else ""
 
 
@@ -53,12 +51,17 @@ def empty_list(commands: Mapping[str, type], given: Sequence[str], parts: Mappin
     has forgotten something, or has a variable of the shell that is empty.
     """
     name, command, words = typed_command(commands, given, parts)
-    hints = typing.get_type_hints(command, include_extras=True)
-    for option, values in _by_option(words):
-        kind, several = _kind(hints.get(option.removeprefix("--").replace("-", "_"), bool))
+    for option, kind, several, values in _options(command, words):
         if several and not values:
             return f"{option} takes {_expected(kind, several)}: got nothing. See twicing {name} --help."
     return ""
+
+
+def _options(command: type, words: Sequence[str]) -> Iterator[tuple[str, Any, bool, list[str]]]:
+    """Each option with the kind of its values, whether it takes several, and the words up to the next option."""
+    hints = typing.get_type_hints(command, include_extras=True)
+    for option, values in _by_option(words):
+        yield option, *_kind(hints.get(option.removeprefix("--").replace("-", "_"), bool)), values
 
 
 def _by_option(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -94,8 +97,9 @@ def _is_one(kind: Any, value: str) -> bool:
     return True
 
 
-def _positional(command: type, hints: Mapping[str, Any]) -> str:
+def _positional(command: type) -> str:
     """What has to be typed after the command's name: MODEL and its help; empty where nothing has to."""
+    hints = typing.get_type_hints(command, include_extras=True)
     told = {one.arg_name: one.description or "" for one in parse_from_object(command).params}
     for field in dataclasses.fields(command):
         marked = Positional in getattr(hints[field.name], "__metadata__", ())

@@ -177,11 +177,11 @@ def _check(
     query: Tensor, key: Tensor, value: Tensor, state: DecodeState, attn_mask: Tensor | None, enable_gqa: bool
 ) -> None:
     """Raise where the new tokens do not fit together, or do not fit what the state holds."""
-    # Token after token is of the same kind, and a step of one token takes about as long as checking it.
-    padding = None if state.padding is None else (state.padding.shape, state.padding.device)
     if query.is_nested or key.is_nested or value.is_nested:
-        # They have no shape to look at.
+        # Refused before their shapes are looked at, which they do not have.
         check_same_kind(query=query, key=key, value=value)
+    padding = None if state.padding is None else (state.padding.shape, state.padding.device)
+    # Token after token is of the same kind, and a step of one token takes about as long as checking it.
     kind = *((tensor.shape, tensor.dtype, tensor.device) for tensor in (query, key, value)), padding, enable_gqa
     if kind != state.checked_kind:
         _check_kind(query, key, value, enable_gqa)

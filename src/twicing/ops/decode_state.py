@@ -58,7 +58,7 @@ class DecodeState:
         self.length = 0
         # [B, heads, capacity, width], or as long as the last step made it; what lies beyond `length` means nothing.
         self._stored: dict[str, Tensor] = {}
-        # Shapes, dtypes and devices of new tokens that were found to fit; None once something else might not.
+        # What decode_step() found to fit: shapes, dtypes and devices of new tokens; None once they might no longer.
         self.checked_kind: object = None
 
     @property

@@ -71,8 +71,9 @@ class Backward:
             left_second=left[:, :, width:-1],
             left_last=left[:, :, -1:],
             inverse=saved.inverse,
+            is_one_block=len(self.blocks) == 1,
         )  # fmt: skip
-        box.prepare(is_one_block=len(self.blocks) == 1)
+        box.prepare()
         for columns in reversed(self.blocks) if heads.is_causal else self.blocks:
             rows = heads.rows(columns)
             known = rows if heads.is_causal else slice(0, columns.stop)
@@ -106,14 +107,16 @@ class _Box:
     left_second: Tensor
     left_last: Tensor
     inverse: Tensor
+    is_one_block: bool
 
-    def prepare(self, *, is_one_block: bool) -> None:
+    def prepare(self) -> None:
         """Fill what is known before the first block."""
         heads, saved, width = self.heads, self.saved, self.heads.value.shape[-1]
         torch.mul(saved.upstream, self.inverse, out=self.left_first)
         torch.lerp(saved.smoothed, heads.value, heads.gain_and_one, out=self.right[:, :, :width])
         self.right[:, :, width:-1] = heads.value
-        if not is_one_block:
+        if not self.is_one_block:
+            # Every block adds to it, and none is the first for all of its rows.
             self.gradients.query.zero_()
 
     def make(self, buffer: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -155,8 +158,7 @@ class _Box:
             d_scores.mul_(heads.kept(self.dropped, rows, columns)).sub_(rows_of(self.delta, rows))
         d_scores.mul_(weights)
         d_query, d_key = rows_of(gradients.query, rows), rows_of(gradients.key, columns)
-        is_whole = d_scores.shape[1] == d_scores.shape[2] == heads.tokens
-        self.add_product(d_query, d_scores, rows_of(heads.key, columns), first=is_whole, scale=heads.scale)
+        self.add_product(d_query, d_scores, rows_of(heads.key, columns), first=self.is_one_block, scale=heads.scale)
         self.add_product(d_key, d_scores.mT, rows_of(heads.query, rows), first=first, scale=heads.scale)
         if gradients.attn_mask is not None:
             part = heads.mask_part(gradients.attn_mask, rows, columns)

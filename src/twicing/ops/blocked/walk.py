@@ -36,8 +36,14 @@ class Walk:
         self.gain_and_one, self.minus_gain = 1.0 + self.gain, -self.gain
         self.dropout = None if seed is None else Dropout(dropout_p, int(seed.item()))
         self.is_causal, self.scale = is_causal, scale
-        size, has_dropout = (self.count, self.tokens, self.dtype.itemsize), self.dropout is not None
-        self.plan = plan(*size, is_causal=is_causal, direction=direction, has_dropout=has_dropout)
+        self.plan = plan(
+            self.count,
+            self.tokens,
+            self.dtype.itemsize,
+            is_causal=is_causal,
+            direction=direction,
+            has_dropout=self.dropout is not None,
+        )
         self.scratch = Scratch(self.dtype)
         self.rooms: dict[str, Tensor] = {}
 

@@ -51,7 +51,7 @@ class Dropout:
 
 
 def rows_of(tensor: Tensor, rows: slice) -> Tensor:
-    """The rows of [G, N, ...]; the tensor itself where they are all, since threads wait for each other in Python."""
+    """The rows of [G, N, ...]; the tensor itself where they are all, since a slice takes as long as a small kernel."""
     return tensor if rows.stop - rows.start == tensor.shape[1] else tensor[:, rows]
 
 
