@@ -97,7 +97,7 @@ def test_a_pipe_that_broke_in_the_work_is_told(run, monkeypatch):
     def broken(*_):
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr("twicing.cli._print_environment", broken)
+    monkeypatch.setattr("twicing.cli_run._print_environment", broken)
     done = run("env")
     assert done.returncode == 1
     assert done.stderr.startswith("twicing: another process ended too early")

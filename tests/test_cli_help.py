@@ -8,7 +8,7 @@ from itertools import pairwise, takewhile
 import pytest
 
 from twicing.adapters.layers import chosen_layers
-from twicing.cli import BENCHES, COMMANDS
+from twicing.cli_commands import BENCHES, COMMANDS
 from twicing.version import __version__
 
 HELP = [[], *([name] for name in COMMANDS), *(["bench", name] for name in BENCHES)]

@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from twicing.cli import BENCHES, COMMANDS
+from twicing.cli_commands import BENCHES, COMMANDS
 
 EVERY = {name: options for name, options in COMMANDS.items() if name != "bench"} | {
     f"bench {name}": options for name, options in BENCHES.items()
