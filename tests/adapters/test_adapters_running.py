@@ -68,6 +68,15 @@ def test_exports(small_vit, images, tmp_path):
     assert relative_rms(loaded(images), model(images)) < 1e-6
 
 
+@pytest.mark.parametrize("options", [{}, {"gain": 0.5, "learn_gain": True}], ids=["gain 1", "learned"])
+def test_feature_extractors_by_torch_fx_trace_it(options, small_vit, images):
+    model = small_vit()
+    convert(model, "twicing", options=options)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(images), model(images))
+    assert torch.equal(traced(images[:1]), model(images[:1]))
+
+
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 def test_activation_checkpointing_gives_the_same_gradients(reentrant, small_vit, images):
     from timm.layers.config import set_reentrant_ckpt, use_reentrant_ckpt

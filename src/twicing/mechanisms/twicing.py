@@ -17,6 +17,9 @@ from twicing.ops.attention import BACKENDS, twicing_attention
 from twicing.ops.boost import check_number
 from twicing.ops.call import check_gain_is_used
 
+# torch.fx, as in feature extractors, is to trace the call as one node, and not to look inside.
+torch.fx.wrap("twicing_attention")
+
 
 @register("twicing")
 class Twicing(Mechanism):
