@@ -271,6 +271,79 @@ def test_neutreno_in_a_host_of_transformers(host, inputs_of):
         assert relative_rms(model(**inputs)[0], expected) < BUDGET
 
 
+def gradients_under_checkpointing(model, inputs, how, enable):
+    """The gradients of all parameters without checkpointing, and with it as enabled: transformers' own names for it."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    both = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            # The second is its name before transformers 5.23.
+            names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+            next(getattr(model, name) for name in names if hasattr(model, name))(how)
+            enable()
+        model.zero_grad()
+        model(**inputs)[0].square().sum().backward()
+        both.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    return both
+
+
+@pytest.mark.parametrize("layers", ["all", "2-3"])
+@pytest.mark.parametrize("name", NAMES)
+def test_values_of_the_first_layer_arrive_in_a_recomputation_too(name, layers, host, inputs_of):
+    model, inputs = double(host(name), inputs_of(name))
+    convert(model, "neutreno", layers=layers)
+    expected, found = gradients_under_checkpointing(model, inputs, {"use_reentrant": False}, lambda: None)
+    assert all(relative_rms(*pair) < 1e-10 for pair in zip(found, expected, strict=True) if pair[1].norm() > 1e-9)
+    copied = copy.deepcopy(model)
+    for converted in (model, copied):
+        undo(converted)
+        kept = [vars(module).get("_gradient_checkpointing_func") for module in converted.modules()]
+        assert {type(function).__module__ for function in kept if function is not None} <= {"functools"}
+        converted(**inputs)[0].sum().backward()
+
+
+def test_a_reentrant_recomputation_is_refused_in_a_host_of_transformers(host, inputs_of):
+    model, inputs = double(host("llama"), inputs_of("llama"))
+    convert(model, "neutreno", layers="3")
+
+    def only_the_reading_layer():
+        for layer in model.model.layers[:2]:
+            layer.gradient_checkpointing = False
+
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        gradients_under_checkpointing(model, inputs, {"use_reentrant": True}, only_the_reading_layer)
+
+
+class Wrapped(torch.nn.Module):
+    """A projection with an adapter of low rank beside it, as LoRA has it; how wide it is, it does not say."""
+
+    def __init__(self, projection, width):
+        super().__init__()
+        self.projection = projection
+        self.down, self.up = torch.nn.Linear(width, 2), torch.nn.Linear(2, width)
+
+    def forward(self, x):
+        return self.projection(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize(("name", "wrapped"), [("llama", "o_proj"), ("gpt2", "c_proj"), ("bert", "dense")])
+def test_projections_that_are_wrapped_after_the_conversion(name, wrapped, host, inputs_of):
+    model, inputs = host(name), inputs_of(name)
+    convert(model, "twicing", layers="2-3")
+    before = spec(model)
+    for path, projection in list(model.named_modules()):
+        if path.rpartition(".")[2] == wrapped and "mlp" not in path and "att" in path:
+            model.set_submodule(path, Wrapped(projection, 32))
+    model(**inputs)
+    assert spec(model) == before
+    assert "3 attention layers, 2 converted" in describe(model)
+    undo(model)
+    model(**inputs)
+
+
 def test_a_model_with_eager_attention(host, inputs_of):
     model, inputs = double(host("llama", attn_implementation="eager"), inputs_of("llama"))
     mask = torch.ones(2, 10, dtype=torch.long)

@@ -11,6 +11,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from twicing.adapters.site import AttentionSite
 from twicing.mechanisms.context import Context
 
-# The attribute of a tensor that carries the context, and the one by which modules know their part.
+# The attribute of a tensor that carries the context, the one by which modules know their part, and the one in which
+# blocks of transformers keep how they are checkpointed.
 _CARRIED = "_twicing_context"
 _TAP = "twicing_tap"
+_CHECKPOINT = "_gradient_checkpointing_func"
 
 # Why a layer cannot read what earlier ones left, after which layer it is.
 _OUTSIDE = (
@@ -69,6 +72,20 @@ class Tap:
     def keeps(self) -> list[int]:
         """The layers whose values are still to be read after this one."""
         return [layer for reader, layers in self.readers.items() if reader > self.layer for layer in layers]
+
+
+@dataclass(frozen=True, eq=False)
+class _Checkpoint:
+    """A block's checkpointing function, host, around a forward() that is recomputed with the context of its tokens.
+
+    transformers 5.23 checkpoints the forward() of a block and not its call: a recomputation passes the hooks by.
+    """
+
+    host: Callable[..., Any]
+    tap: Tap
+
+    def __call__(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.host(partial(_recomputed, self.tap, forward), *args, **kwargs)
 
 
 def tap_of(module: nn.Module) -> Tap | None:
@@ -200,11 +217,15 @@ def _open() -> dict[str, tuple[int, Context]]:
 
 def _enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     tap = _tap(block)
-    context = Context() if tap.layer == 1 else _arrived(tap, _tokens(args, kwargs))
+    context = _came_in(tap, _tokens(args, kwargs))
     source = f"{tap.attention}.{tap.value_source}"
     if tap.layer in tap.keeps and not _has(block.get_submodule(source)._forward_hooks, _record):
         context.broken = f"{tap.value_source} of layer {tap.layer} ({tap.path}) {_REPLACED}"
     _open()[tap.model] = tap.layer, context
+    # Checkpointing may have been switched on, or changed, since the conversion.
+    host = vars(block).get(_CHECKPOINT)
+    if host is not None and not (isinstance(host, _Checkpoint) and host.tap is tap):
+        setattr(block, _CHECKPOINT, _Checkpoint(_without_context(host), tap))
 
 
 def _leave(block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
@@ -216,11 +237,33 @@ def _leave(block: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         setattr(tokens, _CARRIED, opened[1].only(tap.keeps))
 
 
+def _recomputed(tap: Tap, forward: Callable[..., Any], *args: Any) -> Any:
+    """What forward() returns; where the block's hooks did not run before it, with the context of its tokens."""
+    contexts = _open()
+    if tap.model in contexts:
+        return forward(*args)
+    # The host binds what it passes by keyword.
+    contexts[tap.model] = tap.layer, _came_in(tap, _tokens(args, getattr(forward, "keywords", {})))
+    try:
+        return forward(*args)
+    finally:
+        contexts.pop(tap.model, None)
+
+
+def _without_context(checkpoint: Any) -> Any:
+    return checkpoint.host if isinstance(checkpoint, _Checkpoint) else checkpoint
+
+
 def _record(source: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
     tap = _tap(source)
     layer, context = _open().get(tap.model, (None, None))
     if context is not None and layer == tap.layer:
         context.record(tap.layer, tap.read_values(output))
+
+
+def _came_in(tap: Tap, tokens: Tensor | None) -> Context:
+    """The context of a layer whose tokens these are."""
+    return Context() if tap.layer == 1 else _arrived(tap, tokens)
 
 
 def _arrived(tap: Tap, tokens: Tensor | None) -> Context:
@@ -266,6 +309,8 @@ def _set(module: nn.Module, tap: Tap | None) -> None:
         vars(module)[_TAP] = tap
         return
     del vars(module)[_TAP]
+    if _CHECKPOINT in vars(module):
+        setattr(module, _CHECKPOINT, _without_context(vars(module)[_CHECKPOINT]))
     for hooks, flags in (
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
         (module._forward_hooks, module._forward_hooks_always_called),

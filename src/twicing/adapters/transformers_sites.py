@@ -167,12 +167,15 @@ def _width(attention: nn.Module) -> int:
 def _merge(attention: nn.Module, path: str, modules: dict[str, nn.Module], heads: int) -> nn.Module:
     """The module that takes the heads' outputs, concatenated: in the attention, or beside it (BERT)."""
     width = _first(attention, ("v_head_dim",)) or _width(attention)
+    # What was wrapped after a conversion, as LoRA does it, need not say how wide it is: it fitted before.
+    wrapped = {None} if any(map(is_converted, modules.values())) else set()
+    fitting = {heads * width} | wrapped
     for name in _MERGES:
         found = getattr(attention, name, None)
-        if isinstance(found, nn.Module) and _takes(found) == heads * width:
+        if isinstance(found, nn.Module) and _takes(found) in fitting:
             return found
     beside = modules.get(f"{path.rpartition('.')[0]}.output.dense".lstrip("."))
-    if beside is not None and _takes(beside) == heads * width:
+    if beside is not None and _takes(beside) in fitting:
         return beside
     raise ValueError(
         f"{path or 'the model'} is a {type(attention).__module__}.{type(attention).__name__} without a projection of "
