@@ -1,5 +1,7 @@
 """A comparison that is killed, interrupted, diverges or runs out of room: one sentence, nothing lost, nobody left."""
 
+import errno
+import multiprocessing
 import os
 import random
 import resource
@@ -7,9 +9,12 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from small_comparison import command, numbers, right, run, stamps, started
+
+from twicing.experiments import processes
 
 
 @pytest.mark.slow
@@ -97,6 +102,23 @@ def test_a_full_disk_is_one_sentence(tmp_path, limit):
     assert len(done.stderr.strip().splitlines()) == 1
     unfinished = [path.name for path in tmp_path.rglob(".*") if path.name != ".lock"]
     assert unfinished == [], "half-written files are left behind"
+
+
+def test_where_the_log_cannot_be_written_the_reason_is_told_all_the_same(tmp_path, monkeypatch):
+    """As on a full disk, where the log has no room for the story either."""
+
+    def full(*_args, **_options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("_log_to", "_end_with_parent"):
+        monkeypatch.setattr(processes, name, lambda *_: None)
+    monkeypatch.setattr(processes.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(processes.torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(processes, "run_job", full)
+    monkeypatch.setattr(processes.traceback, "print_exc", full)
+    here, there = multiprocessing.Pipe(duplex=False)
+    processes._work(SimpleNamespace(folder=tmp_path), None, there, last=False)
+    assert here.recv() == ("failed", "[Errno 28] No space left on device.")
 
 
 @pytest.mark.slow

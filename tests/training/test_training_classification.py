@@ -8,7 +8,7 @@ import torch
 
 from twicing.adapters.surgery import convert
 from twicing.data.images import MemoryImages
-from twicing.training.checkpoint import CHECKPOINT
+from twicing.training.checkpoint import CHECKPOINT, read_checkpoint
 from twicing.training.classification import build_model, load_trained, train_classifier
 from twicing.training.order import batch_order
 from twicing.training.recipe import digits, imagefolder
@@ -191,6 +191,16 @@ def test_a_diverged_training_says_so(recipe, split, tmp_path):
     with pytest.raises(FloatingPointError, match=r"the training diverged: the loss of epoch 1 is nan\. Lower"):
         train_classifier(model, recipe, split, 0, tmp_path, lambda share: None)
     assert not (tmp_path / CHECKPOINT).exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"junk", b"\x80\x02}q\x00", b"(lp0\n", b"\xff" * 64, b"PK\x03\x04" + b"\0" * 60]
+)
+def test_a_checkpoint_of_other_bytes_is_damaged(content, tmp_path):
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"last\.ckpt is damaged: delete it and training\.json beside it"):
+        read_checkpoint(path)
 
 
 def test_a_damaged_checkpoint_says_what_to_delete(recipe, split, tmp_path):

@@ -3,6 +3,7 @@
 On Unix the processes are forked from a server that has imported torch, timm and Lightning once.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import os
@@ -117,8 +118,10 @@ def _work(job: Job, environment: Environment, messages: Connection, last: bool) 
         run_job(job, environment, lambda part, share: messages.send(("progress", part, share)), last=last)
         messages.send(("done",))
     except Exception as error:
-        traceback.print_exc()
-        sys.stderr.flush()
+        # Where the disk is full the log cannot be written either, and the sentence is all there is.
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
+            sys.stderr.flush()
         messages.send(("failed", _sentence(error)))
 
 

@@ -5,7 +5,6 @@ Written at the end of every epoch, so that a kill loses at most the epoch that h
 
 import os
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -53,7 +52,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is missing: delete training.json beside it and run the same command again.") from None
     except PermissionError:
         raise
-    except (RuntimeError, EOFError, UnpicklingError, OSError) as error:
+    # Of other bytes the unpickler may make anything: struct.error, IndexError, KeyError, UnicodeDecodeError, ...
+    except Exception as error:
         raise ValueError(
             f"{path} is damaged: delete it and training.json beside it, and run the same command again."
         ) from error
