@@ -18,7 +18,7 @@ from twicing.data.decode import to_tensor
 from twicing.data.shifted import IMAGENET_C, IMAGENET_C_EXTRA
 from twicing.experiments.evaluate import bench, pretrained, tasks
 from twicing.experiments.evaluate.options import Evaluate
-from twicing.experiments.evaluate.pretrained import image_size, imagenet_synsets, timm_subject
+from twicing.experiments.evaluate.pretrained import image_size, imagenet_synsets, synsets_of, timm_subject
 from twicing.experiments.evaluate.run import evaluate
 from twicing.experiments.evaluate.section import evaluation_section
 from twicing.experiments.results import read_json, read_predictions, read_records, select
@@ -312,6 +312,7 @@ def test_pretrained_weights_are_taken_only_when_asked_for_and_it_is_said(options
 
 
 SYNSETS = ("n01", "n02", "n03", "n04", "n05")
+OF_A = ("n02", "n03", "n05")
 THOUSAND = (*SMALL, "patch_size=56", "num_classes=5")
 
 
@@ -321,6 +322,7 @@ def imagenet(monkeypatch, pictures, tmp_path):
     for module in (pretrained, tasks):
         monkeypatch.setattr(module, "imagenet_synsets", lambda: SYNSETS)
         monkeypatch.setattr(module, "IMAGENET_CLASSES", 5)
+    monkeypatch.setattr(tasks, "synsets_of", lambda _name: OF_A)
     clean = make_class_folders(tmp_path / "val", SYNSETS, per_class=2, size=(256, 256), seed=1)
     model = network(img_size=224, patch_size=56, num_classes=5)
     torch.save(model.state_dict(), tmp_path / "imagenet.pth")
@@ -395,7 +397,7 @@ def test_some_corruptions_alone_make_no_mce(imagenet, tmp_path):
 
 def test_imagenet_a_is_judged_among_its_own_classes_and_v2_among_all(imagenet, tmp_path):
     model, options = imagenet
-    some = ("n02", "n03", "n05")
+    some = OF_A
     a = make_class_folders(tmp_path / "a", some, per_class=3, size=(256, 256), seed=8)
     v2 = make_class_folders(tmp_path / "v2", [str(place) for place in range(5)], per_class=2, size=(256, 256), seed=9)
     sketch = make_class_folders(tmp_path / "sketch", SYNSETS, per_class=2, size=(256, 256), seed=10)
@@ -430,6 +432,15 @@ def test_imagenet_a_is_judged_among_its_own_classes_and_v2_among_all(imagenet, t
     assert [line.what for line in table.lines] == ["ImageNet-A", "ImageNet-R", "ImageNet-V2", "ImageNet-Sketch"]
 
 
+def test_a_part_of_imagenet_a_or_another_set_in_its_place_is_refused(imagenet, tmp_path):
+    _, options = imagenet
+    part = make_class_folders(tmp_path / "part", OF_A[:2], per_class=1, size=(256, 256))
+    with pytest.raises(ValueError, match="must hold a folder for each of the 3 classes: n05 missing"):
+        run_evaluation(dataclasses.replace(options, imagenet_a=part))
+    with pytest.raises(ValueError, match=r"named by the set's 3 classes .* got n01, n04"):
+        run_evaluation(dataclasses.replace(options, imagenet_r=options.data_dir))
+
+
 def test_many_classes_have_a_top_5(options, tmp_path):
     names = [f"c{place:02}" for place in range(21)]
     root = make_class_folders(tmp_path / "many", names, per_class=1, size=(32, 32))
@@ -445,6 +456,14 @@ def test_many_classes_have_a_top_5(options, tmp_path):
 
 def test_timms_list_of_synsets_is_imagenets(real_data):
     assert list(imagenet_synsets()) == (real_data / "meta" / "imagenet_synsets.txt").read_text().split()
+
+
+@pytest.mark.parametrize("name", ["ImageNet-A", "ImageNet-R"])
+def test_timms_lists_of_a_and_r_are_the_released_ones(name, real_data):
+    released = (real_data / "meta" / f"{name.lower().replace('-', '_')}_synsets.txt").read_text().split()
+    assert list(synsets_of(name)) == released
+    assert len(set(released)) == 200
+    assert set(released) < set(imagenet_synsets())
 
 
 def test_the_image_size_is_the_models_own():

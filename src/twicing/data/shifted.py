@@ -95,24 +95,25 @@ def plain_set(root: str | Path, synsets: Sequence[str], transform: Transform) ->
     if not set(found) <= set(names) and all(name.isdecimal() for name in found):
         names = [str(number) for number in range(len(synsets))]
     _refuse_unknown(root, found, names)
-    missing = sorted(set(names) - set(found), key=names.index)
-    if missing:
-        raise ValueError(
-            f"{root} must hold a folder for each of the {len(names)} classes: {few(missing)} missing. "
-            "Unpack the whole set, or name the folder that holds the class folders."
-        )
+    _refuse_missing(root, found, names)
     return class_folders(root, classes=names, transform=transform)
 
 
-def subset(root: str | Path, synsets: Sequence[str], transform: Transform) -> ClassSubset:
+def subset(
+    root: str | Path, synsets: Sequence[str], transform: Transform, *, own: Sequence[str] | None = None
+) -> ClassSubset:
     """ImageNet-A or -R: root/synset/*.jpg for 200 of the 1,000 classes, which the folders' names tell.
 
     synsets: the model's classes in the order of its logits. Cut the logits with .cut() before the argmax.
-    Raises ValueError naming folders that are no class of the model or hold no image.
+    own: the set's classes as released, all of which must be there: among fewer a model is right more often.
+    Raises ValueError naming folders that are no class of the model or of the set, are missing, or hold no image.
     """
     root = Path(root)
     found = _folders(root)
     _refuse_unknown(root, found, synsets)
+    if own is not None:
+        _refuse_unknown(root, found, own, of="the set's")
+        _refuse_missing(root, found, own)
     columns = sorted(list(synsets).index(name) for name in found)
     names = [synsets[column] for column in columns]
     return ClassSubset(class_folders(root, classes=names, transform=transform), torch.tensor(columns))
@@ -181,11 +182,21 @@ def _place(root: Path, kind: str) -> Path | None:
     return next((candidate for candidate in candidates if candidate.is_dir()), None)
 
 
-def _refuse_unknown(root: Path, found: Sequence[str], names: Sequence[str]) -> None:
+def _refuse_missing(root: Path, found: Sequence[str], names: Sequence[str]) -> None:
+    there = set(found)
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise ValueError(
+            f"{root} must hold a folder for each of the {len(names)} classes: {few(missing)} missing. "
+            "Unpack the whole set, or name the folder that holds the class folders."
+        )
+
+
+def _refuse_unknown(root: Path, found: Sequence[str], names: Sequence[str], of: str = "the model's") -> None:
     known = set(names)
     unknown = [name for name in found if name not in known]
     if unknown:
         raise ValueError(
-            f"{root} must hold folders named by the model's {len(names)} classes (as {names[0]}): got {few(unknown)}. "
+            f"{root} must hold folders named by {of} {len(names)} classes (as {names[0]}): got {few(unknown)}. "
             "Name the folder that holds the class folders, and remove what is no class."
         )

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,13 @@ def imagenet_synsets() -> tuple[str, ...]:
     from timm.data.imagenet_info import ImageNetInfo
 
     return tuple(ImageNetInfo().label_names())
+
+
+def synsets_of(name: str) -> tuple[str, ...]:
+    """The synsets of the 200 classes of "ImageNet-A" or "ImageNet-R", as timm ships them."""
+    mend_torchvision_import()
+    file = resources.files("timm.data") / "_info" / f"{name.lower().replace('-', '_')}_synsets.txt"
+    return tuple(file.read_text(encoding="utf-8").split())
 
 
 def image_size(network: nn.Module) -> int:

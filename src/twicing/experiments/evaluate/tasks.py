@@ -13,7 +13,7 @@ from twicing.data.shifted import IMAGENET_C_SIDE, ClassSubset, imagenet_c, image
 from twicing.data.transforms import SHARES, test_transform
 from twicing.experiments.evaluate import bench as on
 from twicing.experiments.evaluate.options import ATTACKS, NO_ATTACK, Evaluate
-from twicing.experiments.evaluate.pretrained import IMAGENET_CLASSES, imagenet_synsets
+from twicing.experiments.evaluate.pretrained import IMAGENET_CLASSES, imagenet_synsets, synsets_of
 from twicing.experiments.evaluate.subjects import Subject
 from twicing.experiments.parts import Part
 from twicing.names import listed
@@ -80,7 +80,7 @@ class _Sets:
         synsets, transform = imagenet_synsets(), test_transform(subject.image_size, options.transform)
         for name, root in (("ImageNet-A", options.imagenet_a), ("ImageNet-R", options.imagenet_r)):
             if root is not None:
-                self.others[name] = subset(root, synsets, transform)
+                self.others[name] = subset(root, synsets, transform, own=synsets_of(name))
         for name, root in (("ImageNet-V2", options.imagenet_v2), ("ImageNet-Sketch", options.sketch)):
             if root is not None:
                 self.others[name] = plain_set(root, synsets, transform)
