@@ -1,6 +1,8 @@
 """What the papers report: as they print it, whole, in a file that is checked, and beside ours only where it belongs."""
 
+import copy
 import dataclasses
+import functools
 import json
 import re
 from collections import Counter
@@ -17,6 +19,7 @@ from twicing.experiments.published import protocol_differences, published_for, p
 from twicing.experiments.published_beside import published_beside
 from twicing.experiments.report import write_report
 from twicing.training.recipe import imagenet_deit_tiny
+from twicing.training.settings import settable_keys
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "published.toml"
@@ -119,6 +122,28 @@ def test_a_changed_protocol_is_named():
     assert protocol_differences(one, PROTOCOL | {"title": "another", "evaluation": {}}) == []
     assert protocol_differences(one, PROTOCOL | {"epochs": 5}) == ["epochs is 300 there and 5 here"]
     assert "classes is 1000 there and not recorded here" in protocol_differences(one, {"epochs": 300})
+
+
+NO_PART_OF_THE_PROTOCOL = {
+    "dataset": "where the same images are read from",
+    "warmup_share": "not used beside cosine",
+    "ema_decay": "the running mean of the weights is not evaluated",
+    "augmentation.pad_crop": "refused for image files",
+}
+
+
+def test_every_setting_that_makes_another_training_is_another_protocol():
+    (one,) = published_for("imagenet_deit_tiny", "standard", "all", ACCURACY, CLEAN)
+    for key in settable_keys(imagenet_deit_tiny()):
+        if key in NO_PART_OF_THE_PROTOCOL or key.startswith("evaluation."):
+            continue
+        changed = copy.deepcopy(PROTOCOL)
+        *parts, name = key.split(".")
+        changed_part = functools.reduce(lambda part, inner: part[inner], parts, changed)
+        changed_part[name] = "another"
+        (difference,) = protocol_differences(one, changed)
+        assert difference.startswith(f"{key} is ")
+        assert difference.endswith("there and another here")
 
 
 def imagenet(arm, values, conditions=CLEAN, **changes):

@@ -91,11 +91,18 @@ def published_for(
 
 def protocol_differences(one: Published, recipe: Mapping[str, Any]) -> list[str]:
     """In what the settings of a run differ from the protocol of a published number, in words."""
-    return [
-        f"{name} is {wanted} there and {recipe.get(name, 'not recorded')} here"
-        for name, wanted in one.settings.items()
-        if recipe.get(name) != wanted
-    ]
+    return _differences(one.settings, recipe)
+
+
+def _differences(wanted: Mapping[str, Any], found: Mapping[str, Any], prefix: str = "") -> list[str]:
+    differences = []
+    for name, value in wanted.items():
+        here = found.get(name, "not recorded")
+        if isinstance(value, Mapping) and isinstance(here, Mapping):
+            differences += _differences(value, here, f"{prefix}{name}.")
+        elif here != value:
+            differences.append(f"{prefix}{name} is {value} there and {here} here")
+    return differences
 
 
 @cache
