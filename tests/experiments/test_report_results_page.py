@@ -115,6 +115,21 @@ def curve(*by_seed):
     ]
 
 
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [(98.5, "and is undertrained: it changed by -1.5"), (99.5, "of 99.5: it changed by -0.5")],
+    ids=["falling", "done"],
+)
+def test_a_text_is_undertrained_where_perplexity_fell_by_more_than_one_percent(tmp_path, last, said):
+    metric = "valid perplexity per word, segments"
+    values = [*[300.0] * 7, 100.0, 120.0, last]
+    records = [
+        one_record(metric, value, 0, "standard", {"epoch": epoch}) for epoch, value in enumerate(values, start=1)
+    ]
+    run = read_run(write_folder(tmp_path, [*records, one_record(ACCURACY, 0.5, 0, "twicing", CLEAN)], primary=[]))
+    assert said in accuracy_reached(run)
+
+
 # The last fifth of ten epochs starts after epoch 8.
 @pytest.mark.parametrize(
     ("records", "said"),

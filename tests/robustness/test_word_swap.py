@@ -60,6 +60,12 @@ def test_exactly_the_share_of_words_is_swapped(share, mode):
     assert found.inputs.dtype == torch.int32
 
 
+@pytest.mark.parametrize(("words", "swaps"), [(1, 1), (3, 2), (5, 3)])
+def test_half_a_word_counts_as_one(words, swaps):
+    _, _, found = swapped("1/2", text="AAA " * words + "\n")
+    assert (found.words, found.swapped) == (words, swaps)
+
+
 def test_words_are_a_function_of_the_generator():
     first, again, other = (swapped("1/2", seed=seed)[2].inputs for seed in (1, 1, 2))
     assert torch.equal(first, again)
