@@ -9,14 +9,16 @@ import torch
 from rich.console import Console
 
 from twicing.experiments.arms import Arm, arms_under_test, refuse_nothing_to_compare
+from twicing.experiments.compare import compare
 from twicing.experiments.controls import controlled_arm, controls_of, with_equal_time
 from twicing.experiments.equal_time import step_time_ratio
 from twicing.experiments.job import parts_of
-from twicing.experiments.plan import Plan, first_difference
+from twicing.experiments.plan import Plan, Resources, first_difference
 from twicing.experiments.progress import JobProgress
 from twicing.ops.reference import attention_matrix
 from twicing.training.classification import build_model
 from twicing.training.cost import multiply_adds
+from twicing.training.language_recipes import wikitext103_linear
 from twicing.training.recipe import digits
 from twicing.training.settings import apply_settings
 
@@ -40,6 +42,33 @@ def test_standard_comes_first_and_controls_last():
     assert [arm.label for arm in arms] == ["standard", "twicing", *CONTROLS]
     assert [arm.control for arm in arms] == [False, False, *[True] * 5]
     assert [arm.label for arm in arms_under_test(["standard", "twicing"], ["all"])] == ["standard", "twicing"]
+
+
+def test_standard_of_another_baseline_is_called_what_it_is():
+    standard, twiced = arms_under_test(["twicing-linear"], ["all"], baseline="linear")
+    assert standard.meaning == "The model as it is, with the mechanism linear in all layers."
+    assert twiced.meaning == "twicing-linear with its published defaults in all layers, the rest standard."
+    assert arms_under_test(["twicing"], ["all"])[0].meaning == "The model as it is, with softmax attention A V."
+
+
+def test_controls_of_softmax_attention_are_refused_where_standard_is_another(tmp_path):
+    message = "made for softmax attention, and standard of wikitext103_linear is 'linear': leave --controls out"
+    text = tmp_path / "text.txt"
+    text.write_text("a b c\n")
+    with pytest.raises(ValueError, match=message):
+        compare(
+            wikitext103_linear(),
+            ["twicing-linear"],
+            seeds=1,
+            layers=["all"],
+            controls=True,
+            side_by_side=1,
+            folder=tmp_path / "run",
+            command="",
+            console=Console(file=io.StringIO()),
+            resources=Resources(data_dir=text),
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_placements_are_arms_of_their_own():
@@ -105,6 +134,18 @@ def test_steps_are_timed_in_turns():
     assert 0.7 < ratio < 3
     assert ratio == round(ratio, 2)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_steps_are_timed_in_the_precision_of_the_trainings(monkeypatch):
+    arm = arms_under_test(["twicing"], ["all"])[1]
+    found = {}
+    for precision in ("32-true", "bf16-mixed"):
+        monkeypatch.setattr(
+            "twicing.experiments.vision_job.F.cross_entropy",
+            lambda logits, _labels, of=precision: found.update({of: logits.dtype}) or logits.float().sum(),
+        )
+        step_time_ratio(SMALL, arm, steps=1, precision=precision)
+    assert found == {"32-true": torch.float32, "bf16-mixed": torch.bfloat16}
 
 
 def test_standard_is_the_untouched_model():

@@ -15,9 +15,9 @@ from twicing.experiments.arms import Arm, arms_under_test
 from twicing.experiments.controls import controls_of
 from twicing.experiments.job import part_file, parts_of, read_job, read_verdict, run_job, share_done
 from twicing.experiments.parts import Part
-from twicing.experiments.plan import Job, Plan
+from twicing.experiments.plan import Job, Plan, Resources
 from twicing.experiments.results import environment, select
-from twicing.experiments.vision_job import ADVERSARIAL, converted_model
+from twicing.experiments.vision_job import ADVERSARIAL, VISION, converted_model
 from twicing.mechanisms.base import Mechanism
 from twicing.robustness.attacks import fgsm, pgd
 from twicing.robustness.eps50 import eps50
@@ -28,6 +28,7 @@ from twicing.robustness.threat import Threat
 from twicing.robustness.transfer import transfer
 from twicing.training.choice import balanced_order
 from twicing.training.classification import build_model, load_trained
+from twicing.training.hardware import Hardware
 from twicing.training.recipe import digits
 from twicing.training.settings import apply_settings
 from twicing.training.split import load_split, stream_seed
@@ -99,6 +100,20 @@ def generator(stream, count):
 def accuracy(model, images, labels):
     with torch.no_grad():
         return (model(images).argmax(1) == labels).double().mean().item()
+
+
+def test_a_training_in_half_precision_is_evaluated_as_after_an_interruption(tmp_path):
+    recipe = apply_settings(RECIPE, ["epochs=1", "train_images=320"])
+    resources = Resources(hardware=Hardware(precision="bf16-true"))
+    job = Job(recipe, ARMS["standard"], SEED, tmp_path, resources=resources)
+    at_once, later = (VISION.open(job, lambda part, share: None) for _ in range(2))
+    at_once.train()
+    for bench in (at_once, later):
+        bench.restore()
+        # It failed in the process that had trained: an image in fp32 cannot be shown to weights in bf16.
+        bench.clean()
+    with torch.no_grad():
+        assert torch.equal(at_once.model(at_once.images), later.model(later.images))
 
 
 def test_clean_accuracy_is_that_of_the_held_out_images(twiced, by_hand):

@@ -15,7 +15,7 @@ from twicing.experiments.controls import controls_of
 from twicing.experiments.equal_time import step_time_ratio
 from twicing.experiments.findings import exploratory_measures, primary_rows, read_run
 from twicing.experiments.job import parts_of, read_job, read_notes, run_job, share_done
-from twicing.experiments.language_job import converted_language_model
+from twicing.experiments.language_job import LANGUAGE, converted_language_model
 from twicing.experiments.plan import Plan, Resources
 from twicing.experiments.programmes import find_any_recipe, programme_of
 from twicing.experiments.report import write_report
@@ -24,6 +24,7 @@ from twicing.experiments.results_table import results_markdown
 from twicing.robustness.word_swap import swap_words
 from twicing.training.classification import load_trained
 from twicing.training.language_data import load_text
+from twicing.training.language_perplexity import sliding_window_perplexity
 from twicing.training.language_recipes import LANGUAGE_RECIPES
 from twicing.training.settings import apply_settings
 from twicing.training.streams import stream_seed
@@ -108,6 +109,7 @@ def test_perplexities_are_those_of_the_trained_model(jobs, by_hand):
     assert ends.value == pytest.approx(found(job, SEGMENTS.replace("test", "valid"), CLEAN).value, rel=1e-6)
     slid = found(job, "test perplexity per word or mark, sliding window", CLEAN)
     assert slid.n == 40
+    assert slid.value == pytest.approx(sliding_window_perplexity(model, corpus.test, tokens=40).value, rel=1e-5)
     assert slid.value != found(job, SEGMENTS, CLEAN).value
 
 
@@ -124,6 +126,22 @@ def test_swapped_words_are_those_of_the_seed(jobs, by_hand):
         *(("inputs only", "0.04"), ("inputs only", "0.1"), ("paper_compat", "0.015"))
     ]
     assert read_notes(jobs["standard"]) == ['Word swap: "AAA" is not in the vocabulary and became <unk>.']
+
+
+def test_swapped_words_are_the_same_where_weights_are_of_other_seeds(jobs, monkeypatch):
+    seeds = []
+
+    def swap(*_given, generator, **_options):
+        seeds.append(generator.initial_seed())
+        raise InterruptedError
+
+    monkeypatch.setattr("twicing.experiments.language_job.swap_words", swap)
+    for offset in (0, 1000):
+        arm = dataclasses.replace(jobs["standard"].arm, seed_offset=offset)
+        bench = LANGUAGE.open(dataclasses.replace(jobs["standard"], arm=arm), lambda part, share: None)
+        with pytest.raises(InterruptedError):
+            bench.word_swap()
+    assert seeds == [stream_seed(SEED, 40, 0)] * 2
 
 
 def test_similarity_is_of_the_first_windows_of_the_test_part(jobs, by_hand):

@@ -131,6 +131,7 @@ def test_names_tell_unit_and_way():
         "valid perplexity per BPE token, sliding window"
     )
     assert Perplexity(1e4, 10, "segments").value == math.inf
+    assert math.isnan(Perplexity(math.nan, 10, "segments").value)
 
 
 @pytest.mark.parametrize("measure", [segment_perplexity, sliding_window_perplexity])

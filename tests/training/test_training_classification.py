@@ -10,8 +10,10 @@ from twicing.adapters.surgery import convert
 from twicing.data.images import MemoryImages
 from twicing.training.checkpoint import CHECKPOINT, read_checkpoint
 from twicing.training.classification import build_model, load_trained, train_classifier
+from twicing.training.hardware import wait_for
 from twicing.training.order import batch_order
 from twicing.training.recipe import digits, imagefolder
+from twicing.training.schedule import optimizer_and_schedule
 from twicing.training.settings import apply_settings
 from twicing.training.split import Split, load_split
 from twicing.training.streams import STEP_STREAM, stream_seed
@@ -94,6 +96,20 @@ def test_a_training_is_the_one_written_out_by_hand(recipe, split, tmp_path):
             optimizer.step()
             schedule.step()
     assert same_weights(model, by_hand)
+
+
+def test_a_training_whose_rate_would_rise_for_one_step_begins_at_the_top():
+    model = torch.nn.Linear(2, 2)
+    for steps, expected in ((4, [1e-3] * 2), (5, [1e-3] * 2), (10, [1e-3 / 25, 1e-3])):
+        made = optimizer_and_schedule(model, digits(), steps)
+        rates = []
+        for _ in range(steps):
+            rates.append(made["optimizer"].param_groups[0]["lr"])
+            made["optimizer"].step()
+            made["lr_scheduler"]["scheduler"].step()
+        assert rates[0] == pytest.approx(expected[0], rel=0.2)
+        assert max(rates) == pytest.approx(expected[1], rel=0.2)
+        assert rates[-1] < 1e-7
 
 
 def test_a_longer_training_takes_more_steps_and_stays_resumable(recipe, split, tmp_path):
@@ -274,3 +290,27 @@ def test_seconds_count_training_steps_and_survive_a_resume(recipe, split, tmp_pa
     _, curve = trained(recipe, split, 0, tmp_path)
     # Two looks at the clock per step, one tick apart: a second for each of the 11 steps of an epoch.
     assert [epoch.seconds for epoch in curve] == [11.0, 22.0, 33.0]
+
+
+def test_seconds_count_what_a_device_works_after_its_calls_have_returned(recipe, split, tmp_path, monkeypatch):
+    clock = [0.0]
+    asked = []
+
+    def wait_for(device):
+        asked.append(device)
+        clock[0] += 1
+
+    monkeypatch.setattr("twicing.training.loop.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("twicing.training.loop.wait_for", wait_for)
+    _, curve = trained(recipe, split, 0, tmp_path)
+    # What is waited for before a step belongs to no step, what is waited for at its end does.
+    assert [epoch.seconds for epoch in curve] == [11.0, 22.0, 33.0]
+    assert asked == [torch.device("cpu")] * 66
+
+
+def test_a_gpu_is_waited_for_and_a_cpu_is_not(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    wait_for(torch.device("cpu"))
+    wait_for(torch.device("cuda", 0))
+    assert waited == [torch.device("cuda", 0)]

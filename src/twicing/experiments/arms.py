@@ -63,12 +63,16 @@ class Arm:
 
 
 def arms_under_test(
-    mechanisms: Sequence[str], layers: Sequence[str], options: Mapping[str, Mapping[str, Any]] | None = None
+    mechanisms: Sequence[str],
+    layers: Sequence[str],
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+    baseline: str = BASELINE,
 ) -> list[Arm]:
     """Standard attention first, then every named mechanism in every placement.
 
     mechanisms: names or import paths; NAME@LAYERS has a placement of its own, the others take each of `layers`.
     options: of mechanisms whose published defaults for such data are other than their own.
+    baseline: as of Arm.apply().
     Raises ValueError for an unknown mechanism, and for an arm that is named twice.
     """
     placed: list[tuple[str, str]] = []
@@ -85,7 +89,8 @@ def arms_under_test(
     twice = sorted({str(one if isinstance(one, str) else one[0]) for one in named if named.count(one) > 1})
     if twice:
         raise ValueError(f"each mechanism is named once: got {', '.join(twice)} more than once.")
-    arms = [Arm(BASELINE, BASELINE, "all", "The model as it is, with softmax attention A V.")]
+    own = "softmax attention A V" if baseline == BASELINE else f"the mechanism {baseline} in all layers"
+    arms = [Arm(BASELINE, BASELINE, "all", f"The model as it is, with {own}.")]
     for name, where in placed:
         if name != BASELINE:
             meaning = f"{name} with its published defaults {placement_in_words(where)}, the rest standard."

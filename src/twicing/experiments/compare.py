@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from twicing.experiments.arms import Arm, arms_under_test, refuse_nothing_to_compare
-from twicing.experiments.controls import controlled_arm, controls_of, with_equal_time
+from twicing.experiments.controls import controlled_arm, controls_of, refuse_other_baseline, with_equal_time
 from twicing.experiments.equal_time import step_time_ratio
 from twicing.experiments.findings import read_run
 from twicing.experiments.plan import CONFIG, AnyRecipe, Plan, Resources
@@ -54,8 +54,9 @@ def compare(
             "or train one model on several devices with `twicing train`."
         )
     recipe = _complete(recipe, resources)
-    arms = arms_under_test(mechanisms, layers, programme_of(recipe).options)
+    arms = arms_under_test(mechanisms, layers, programme_of(recipe).options, recipe.baseline)
     if controls:
+        refuse_other_baseline(recipe)
         arms += controls_of(recipe, arms, _equal_time(recipe, arms, folder, console, resources or Resources()))
     refuse_nothing_to_compare(arms)
     plan = Plan(recipe, tuple(arms), tuple(range(seeds)))
@@ -74,7 +75,13 @@ def _equal_time(recipe: AnyRecipe, arms: Sequence[Arm], folder: Path, console: C
         return known
     arm = controlled_arm(arms, recipe.depth)
     with console.status(f"Timing steps of {arm.label} against standard ..."):
-        return step_time_ratio(recipe, arm, data_dir=resources.data_dir, device=resources.device)
+        return step_time_ratio(
+            recipe,
+            arm,
+            data_dir=resources.data_dir,
+            device=resources.device,
+            precision=resources.hardware.precision,
+        )
 
 
 def train(

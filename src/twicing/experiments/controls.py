@@ -73,6 +73,15 @@ def controls_of(recipe: AnyRecipe, arms: Sequence[Arm], equal_time: float) -> li
     ]
 
 
+def refuse_other_baseline(recipe: AnyRecipe) -> None:
+    """Raise ValueError where standard is not softmax attention: what controls cost and smooth is that of A V."""
+    if recipe.baseline != BASELINE:
+        raise ValueError(
+            f"the controls are made for softmax attention, and standard of {recipe.name} is {recipe.baseline!r}: "
+            "leave --controls out."
+        )
+
+
 def controlled_arm(arms: Sequence[Arm], depth: int) -> Arm:
     """The arm that the controls go by: twicing in the largest number of layers, else the last of the tested arms."""
     tested = [arm for arm in arms if arm.mechanism != BASELINE]

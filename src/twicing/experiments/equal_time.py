@@ -15,6 +15,7 @@ from twicing.experiments.arms import Arm
 from twicing.experiments.plan import AnyRecipe
 from twicing.experiments.programmes import programme_of
 from twicing.experiments.results import BASELINE
+from twicing.training.hardware import wait_for
 
 WARM_UP, STEPS = 3, 21
 
@@ -26,12 +27,14 @@ def step_time_ratio(
     steps: int = STEPS,
     data_dir: Path | None = None,
     device: torch.device | None = None,
+    precision: str = "32-true",
 ) -> float:
     """Median seconds of a training step with the arm / with standard, to two decimals; never below 1.
 
     On the CPU with one thread, as every training of a comparison has it there; on random inputs of the recipe's size.
     data_dir: where the data are, should they decide the model's size. device: what trainings run on, by default the
-    CPU. An arm that is no slower than standard gives 1: the control then is standard itself.
+    CPU. precision: theirs, as Lightning calls it; where it is that of the weights too, fp32 is timed.
+    An arm that is no slower than standard gives 1: the control then is standard itself.
     """
     device = device or torch.device("cpu")
     threads = torch.get_num_threads()
@@ -42,31 +45,32 @@ def step_time_ratio(
             build, loss = programme_of(recipe).timed(recipe, data_dir, device)
             standard = Arm(BASELINE, BASELINE, "all", "").apply(build(recipe), recipe.baseline).to(device)
             other = arm.apply(build(arm.recipe(recipe)), recipe.baseline).to(device)
-            seconds = _in_turns([_Stepper(standard, loss), _Stepper(other, loss)], device, steps)
+            mixed = torch.autocast(
+                device.type,
+                torch.bfloat16 if precision.startswith("bf16") else torch.float16,
+                enabled=precision.endswith("mixed"),
+            )
+            seconds = _in_turns([_Stepper(standard, loss, mixed), _Stepper(other, loss, mixed)], device, steps)
     finally:
         torch.set_num_threads(threads)
     return max(1.0, round(seconds[1] / seconds[0], 2))
 
 
 class _Stepper:
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module], torch.Tensor]):
-        self.model, self.loss = model.train(), loss
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module], torch.Tensor], mixed: torch.autocast):
+        self.model, self.loss, self.mixed = model.train(), loss, mixed
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step(self, device: torch.device) -> float:
-        _wait_for(device)
+        wait_for(device)
         started = time.perf_counter()
-        self.loss(self.model).backward()
+        with self.mixed:
+            loss = self.loss(self.model)
+        loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        _wait_for(device)
+        wait_for(device)
         return time.perf_counter() - started
-
-
-def _wait_for(device: torch.device) -> None:
-    # A GPU is still at work when its call returns.
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _in_turns(steppers: list[_Stepper], device: torch.device, steps: int) -> list[float]:

@@ -123,6 +123,8 @@ class LanguageBench:
 
     def restore(self) -> None:
         """Load the trained weights."""
+        # Into a new model, as after an interruption: a training may leave its own in half precision.
+        self.model = converted_language_model(self.job, self.draw_seed, len(self.corpus.vocabulary))
         load_trained(self.model, self.draw_seed, self.job.folder)
 
     def examples(self) -> dict[str, Any]:

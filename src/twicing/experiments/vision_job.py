@@ -62,6 +62,8 @@ class Workbench:
 
     def restore(self) -> None:
         """Load the trained weights."""
+        # Into a new model, as after an interruption: a training may leave its own in half precision or cut up.
+        self.model = converted_model(self.job, self.draw_seed)
         load_trained(self.model, self.draw_seed, self.job.folder)
 
     def examples(self) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from twicing.training.language_recipe import LanguageRecipe
 from twicing.training.protocol import Recipe
 
@@ -100,6 +102,12 @@ def default_hardware(recipe: Recipe | LanguageRecipe) -> Hardware:
 def process_rank() -> int:
     """The number of this process among all of a training, from 0; only 0 writes files."""
     return int(os.environ.get("RANK", "0"))
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done what it was given: a GPU is still at work when its calls return."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _started_here() -> int:

@@ -26,8 +26,8 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """The perplexity; infinite where it is beyond what a float holds."""
-        return exp(self.nats) if self.nats < 700 else float("inf")
+        """The perplexity; infinite where it is beyond what a float holds, NaN where the mean is."""
+        return float("inf") if self.nats >= 700 else exp(self.nats)
 
     def metric(self, part: str, unit: str) -> str:
         """Its full name, as "test perplexity per word, segments"."""

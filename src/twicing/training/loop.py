@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from twicing.training.checkpoint import CHECKPOINT, check_checkpoint, identity, read_checkpoint, save_checkpoint
-from twicing.training.hardware import Hardware
+from twicing.training.hardware import Hardware, wait_for
 from twicing.training.language_recipe import LanguageRecipe
 from twicing.training.protocol import Recipe
 from twicing.training.streams import STEP_STREAM, stream_seed
@@ -116,9 +116,12 @@ class _Bookkeeping(lightning.Callback, Generic[Row]):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # Dropout draws from the global generator, which Lightning does not restore on resume.
         torch.manual_seed(stream_seed(pl_module.seed, STEP_STREAM, trainer.global_step, trainer.global_rank))
+        wait_for(pl_module.device)
         self._step_started = time.perf_counter()
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        # Else the seconds of a GPU's work would be counted nowhere.
+        wait_for(pl_module.device)
         self.seconds += time.perf_counter() - self._step_started
         self.progress(trainer.global_step / (pl_module.epochs * trainer.num_training_batches))
 

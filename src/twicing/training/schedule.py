@@ -16,8 +16,12 @@ def optimizer_and_schedule(model: nn.Module, recipe: Recipe, steps: int) -> dict
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
+    rising = recipe.warmup_share
+    if rising * steps == 1:
+        # A rise of one step has no length, by which torch would divide: it begins at the top, as a shorter one does.
+        rising *= 1 - 1e-9
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=recipe.learning_rate, total_steps=steps, pct_start=recipe.warmup_share
+        optimizer, max_lr=recipe.learning_rate, total_steps=steps, pct_start=rising
     )
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
