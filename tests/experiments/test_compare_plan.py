@@ -13,12 +13,12 @@ from twicing.experiments.compare import compare
 from twicing.experiments.controls import controlled_arm, controls_of, with_equal_time
 from twicing.experiments.equal_time import step_time_ratio
 from twicing.experiments.job import parts_of
-from twicing.experiments.plan import Plan, Resources, first_difference
+from twicing.experiments.plan import Plan, first_difference
 from twicing.experiments.progress import JobProgress
 from twicing.ops.reference import attention_matrix
 from twicing.training.classification import build_model
 from twicing.training.cost import multiply_adds
-from twicing.training.language_recipes import wikitext103_linear
+from twicing.training.language_recipes import text_demo
 from twicing.training.recipe import digits
 from twicing.training.settings import apply_settings
 
@@ -52,12 +52,12 @@ def test_standard_of_another_baseline_is_called_what_it_is():
 
 
 def test_controls_of_softmax_attention_are_refused_where_standard_is_another(tmp_path):
-    message = "made for softmax attention, and standard of wikitext103_linear is 'linear': leave --controls out"
-    text = tmp_path / "text.txt"
-    text.write_text("a b c\n")
+    message = "made for softmax attention, and standard of text_demo is 'linear': leave --controls out"
+    sizes = {"depth": 1, "width": 8, "heads": 1, "inner": 8, "length": 8, "batch_size": 2}
+    steps = {"epochs": 1, "steps_per_epoch": 2, "warmup_steps": 1}
     with pytest.raises(ValueError, match=message):
         compare(
-            wikitext103_linear(),
+            dataclasses.replace(text_demo(), baseline="linear", **sizes, **steps),
             ["twicing-linear"],
             seeds=1,
             layers=["all"],
@@ -66,7 +66,6 @@ def test_controls_of_softmax_attention_are_refused_where_standard_is_another(tmp
             folder=tmp_path / "run",
             command="",
             console=Console(file=io.StringIO()),
-            resources=Resources(data_dir=text),
         )
     assert not (tmp_path / "run").exists()
 
