@@ -99,6 +99,46 @@ def test_masks_mean_the_opposite(masks, kind):
     assert relative_rms(module(x, x, x, **given)[0], expected) < BUDGET
 
 
+@pytest.mark.parametrize("kind", [torch.uint8, torch.int64])
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+def test_a_mask_of_integers_is_refused_as_by_the_host(name, kind):
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
+    mask = torch.zeros(2, 5, dtype=kind) if name == "key_padding_mask" else torch.zeros(5, 5, dtype=kind)
+    with pytest.raises(AssertionError, match="only bool and floating types"):
+        attention(x, x, x, **{name: mask})
+    convert(attention, "twicing")
+    with pytest.raises(ValueError, match=rf"{name} must be bool \(True = ignore\) or float .* got torch\."):
+        attention(x, x, x, **{name: mask})
+
+
+def test_masks_of_another_shape_are_refused_instead_of_broadcast():
+    attention, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(2, 5, 8)
+    convert(attention, "twicing")
+    for mask in (torch.zeros(1, 5), torch.zeros(2, 5, 5), torch.zeros(5)):
+        with pytest.raises(ValueError, match=r"attn_mask must have the shape \[5, 5\] or \[4, 5, 5\]: got \["):
+            attention(x, x, x, attn_mask=mask)
+    with pytest.raises(ValueError, match=r"key_padding_mask must have the shape \[2, 5\]: got \[1, 5\]"):
+        attention(x, x, x, key_padding_mask=torch.zeros(1, 5))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_padding_beside_a_nested_tensor_is_refused_instead_of_ignored():
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    convert(attention, "twicing")
+    x = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)])
+    with pytest.raises(ValueError, match="A nested tensor has no padding: got a key_padding_mask beside it"):
+        attention(x, x, x, key_padding_mask=torch.zeros(2, 5, dtype=torch.bool))
+
+
+def test_padding_of_a_sequence_without_a_batch():
+    attention, x = nn.MultiheadAttention(8, 2), torch.randn(5, 8)
+    padding = torch.tensor([False, False, True, False, True])
+    convert(attention, "twicing")
+    output = attention(x, x, x, key_padding_mask=padding)[0]
+    kept = x[~padding]
+    assert torch.allclose(output[~padding], attention(kept, kept, kept)[0], atol=1e-6)
+
+
 def test_a_float_mask_is_added():
     module, x, bias = attention(), tokens(2, 7), tokens(7)[:, :7]
     expected = by_hand(module, x, bias=bias)[0]

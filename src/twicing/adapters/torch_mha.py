@@ -54,12 +54,15 @@ class ConvertedMultiheadAttention(nn.MultiheadAttention):
             # As the host says it.
             raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
         nested = query if query.is_nested else None
+        if nested is not None and key_padding_mask is not None:
+            raise ValueError("A nested tensor has no padding: got a key_padding_mask beside it.")
         if nested is not None:
             query, key_padding_mask = _padded(nested)
         batched = query.dim() == 3
         tokens = query if self.batch_first and batched else query.transpose(0, 1) if batched else query[None]
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
+        _refuse_other_masks(attn_mask, key_padding_mask, tokens.shape[0] * self.num_heads, *tokens.shape[:2])
         mask = _merged(attn_mask, key_padding_mask, tokens.shape[0], tokens.dtype)
         projected = F.linear(tokens, self.in_proj_weight, self.in_proj_bias)
         q, k, v = projected.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -148,6 +151,25 @@ def _padded(nested: Tensor) -> tuple[Tensor, Tensor]:
     dense = nested.to_padded_tensor(0.0)
     lengths = torch.tensor([len(tokens) for tokens in nested.unbind()], device=dense.device)
     return dense, torch.arange(dense.shape[1], device=dense.device) >= lengths[:, None]
+
+
+def _refuse_other_masks(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int, batch: int, tokens: int
+) -> None:
+    """Raise where a mask is none that the host takes; heads: those of all sequences together."""
+    square = (tokens, tokens)
+    for name, mask, shapes in (
+        ("attn_mask", attn_mask, [square, (heads, *square)]),
+        ("key_padding_mask", key_padding_mask, [(batch, tokens)]),
+    ):
+        if mask is None:
+            continue
+        # Integers would be added to the scores, where 1 is next to nothing.
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(f"{name} must be bool (True = ignore) or float (added to the scores): got {mask.dtype}.")
+        if tuple(mask.shape) not in shapes:
+            expected = " or ".join(str(list(shape)) for shape in shapes)
+            raise ValueError(f"{name} must have the shape {expected}: got {list(mask.shape)}.")
 
 
 def _merged(attn_mask: Tensor | None, key_padding_mask: Tensor | None, batch: int, dtype: torch.dtype) -> Tensor | None:
