@@ -278,3 +278,39 @@ def test_a_mechanism_without_a_name_is_refused_at_saving(host, tmp_path):
     model = host("llama")
     convert(model, lambda layer, num_heads, head_dim: Standard(layer, num_heads, head_dim))
     refused_at_saving(model, tmp_path, "cannot be found by its name")
+
+
+def of_one_config(host):
+    first = host("llama").eval()
+    return first, LlamaForCausalLM(first.config).eval()
+
+
+@pytest.mark.parametrize("layers", [None, 1])
+def test_a_model_with_the_config_of_one_that_was_converted_otherwise_is_refused_at_saving(layers, host, tmp_path):
+    # It would be loaded as the other was converted.
+    model, other = of_one_config(host)
+    if layers is not None:
+        convert(model, "twicing", layers=layers)
+    job = convert(other, "twicing", layers=2)
+    refused_at_saving(model, tmp_path, "another model was made from the same config object: undo the conversion of")
+    job.undo()
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path)
+    assert spec(loaded) == spec(model)
+    assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
+
+
+def test_models_of_one_config_that_were_converted_alike_are_saved(host, tmp_path):
+    for model in (models := of_one_config(host)):
+        convert(model, "twicing", layers="2-3")
+    for model in models:
+        model.save_pretrained(tmp_path)
+        assert spec(LlamaForCausalLM.from_pretrained(tmp_path)) == spec(model)
+
+
+def test_a_model_made_from_the_config_and_converted_by_it_is_saved_and_loaded(converted, tmp_path):
+    converted.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), attn_implementation="sdpa")
+    convert(model, spec=model.config.twicing["spec"])
+    model.save_pretrained(tmp_path)
+    assert spec(LlamaForCausalLM.from_pretrained(tmp_path)) == spec(converted)

@@ -17,7 +17,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from twicing.adapters import surgery
 from twicing.adapters.site import AttentionSite, entry_of, is_converted, mechanism_of
-from twicing.adapters.transformers_record import NAME, record_of, wipe
+from twicing.adapters.transformers_record import NAME, Record, record_of, wipe
 from twicing.mechanisms.options import build
 from twicing.mechanisms.registry import find_mechanism
 
@@ -89,13 +89,9 @@ def refuse_unloadable() -> None:
     Only the outermost model knows that it is being saved, and only its layers know that they are converted; so a layer
     that is asked for its weights looks for who asks.
     """
-    frame = sys._getframe()
-    saving = inspect.unwrap(PreTrainedModel.save_pretrained).__code__
-    while frame is not None and frame.f_code is not saving:
-        frame = frame.f_back  # type: ignore[assignment]
-    if frame is None:
+    model = _being_saved()
+    if model is None:
         return
-    model = frame.f_locals["self"]
     part = f"{type(model).__name__} was converted in a part"
     if record_of(model.config) is None:
         raise ValueError(
@@ -107,6 +103,38 @@ def refuse_unloadable() -> None:
         _spec_for(model)
     except ValueError as error:
         raise ValueError(f"This conversion cannot be saved so that from_pretrained() finds it: {error}") from error
+
+
+def refuse_anothers(record: Record) -> None:
+    """Raise where a model is being saved whose config says of it what is true of another model."""
+    model = _being_saved()
+    if model is None or record_of(model.config) is not record:
+        return
+    try:
+        converted, recorded = surgery.spec(model), _spec_for(model)
+    except ValueError:
+        # Its layers say what is wrong when they are asked for their weights, or its config does when it is loaded.
+        return
+    if _by_layer(converted) != _by_layer(recorded):
+        name = type(model).__name__
+        raise ValueError(
+            f"The config of this {name} says that other layers of it were converted than were, since another model was "
+            "made from the same config object: undo the conversion of that one before saving this, and give each model "
+            f"its own, {name}(copy.deepcopy(config))."
+        )
+
+
+def _being_saved() -> Any | None:
+    """The model whose save_pretrained() is under way, or None."""
+    frame = sys._getframe()
+    saving = inspect.unwrap(PreTrainedModel.save_pretrained).__code__
+    while frame is not None and frame.f_code is not saving:
+        frame = frame.f_back  # type: ignore[assignment]
+    return None if frame is None else frame.f_locals["self"]
+
+
+def _by_layer(spec: list[dict[str, Any]]) -> dict[int, tuple[str, dict[str, Any]]]:
+    return {layer: (entry["mechanism"], entry["options"]) for entry in spec for layer in entry["layers"]}
 
 
 def _renew(site: AttentionSite) -> None:
