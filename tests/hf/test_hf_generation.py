@@ -392,6 +392,24 @@ def test_a_host_that_does_not_use_the_cache_it_hands_on_is_refused(host):
     attend(layer, q, q[:, :2], q[:, :2], None, True, None, 1.0)
 
 
+@pytest.mark.parametrize(
+    ("size", "match"), [(None, "3 new tokens after 4 cached ones"), (16, "what is not filled yet")]
+)
+def test_several_tokens_after_cached_ones_need_a_mask(size, match, host):
+    # As where somebody runs a layer by itself: nothing would keep the new tokens from those after them.
+    model = host("llama")
+    convert(model, "twicing")
+    attention, cache = model.model.layers[0].self_attn, twicing_cache(model, size)
+
+    def step(tokens):
+        rotation = (torch.ones(1, tokens, 8), torch.zeros(1, tokens, 8))
+        attention(torch.randn(1, tokens, 32), position_embeddings=rotation, past_key_values=cache)
+
+    step(4)
+    with pytest.raises(ValueError, match=match):
+        step(3)
+
+
 def test_something_else_as_a_cache_is_refused(host):
     model = host("llama")
     convert(model, "twicing")
@@ -453,6 +471,49 @@ def test_cropping_reordering_and_selecting_keep_residuals_with_their_tokens(host
         cache.reset()
         full = model(PROMPT, use_cache=False).logits
         assert relative_rms(model(PROMPT, past_key_values=cache).logits, full) < BUDGET
+
+
+def test_a_cache_of_fixed_size_reorders_residuals_with_their_tokens(host):
+    model = host("llama")
+    convert(model, "twicing")
+    cache = prefilled(model, twicing_cache(model, 12))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    tokens = torch.cat([PROMPT.flip(0), torch.tensor([[4, 6], [9, 9]])], 1)
+    with torch.no_grad():
+        full = model(tokens, use_cache=False).logits[:, -2:]
+        assert relative_rms(model(tokens[:, 8:], past_key_values=cache).logits, full) < BUDGET
+
+
+def test_a_cache_that_is_reset_forgets_why_it_could_not_go_on(host):
+    model = host("llama", attention_dropout=0.5)
+    convert(model, "twicing")
+    cache = DynamicCache()
+    model.train()(PROMPT, past_key_values=cache)
+    cache.reset()
+    model.eval()
+    with torch.no_grad():
+        full = model(PROMPT, use_cache=False).logits
+        steps = [model(chunk, past_key_values=cache).logits for chunk in PROMPT.split([5, 3], 1)]
+    assert relative_rms(torch.cat(steps, 1), full) < BUDGET
+
+
+@pytest.mark.parametrize("size", [None, 16])
+def test_a_mask_for_each_head_where_heads_share_keys(size, host):
+    model = host("llama")
+    convert(model, "twicing")
+    allowed = torch.rand(2, 4, 8, 8, generator=torch.Generator().manual_seed(5)) > 0.4
+    allowed = (allowed | torch.eye(8, dtype=torch.bool)).tril()
+    room = torch.nn.functional.pad(allowed, (0, (size or 8) - 8))
+    cache, done, steps = twicing_cache(model, size), 0, []
+    with torch.no_grad():
+        full = model(PROMPT, attention_mask=allowed, use_cache=False).logits
+        for chunk in PROMPT.split([3, 1, 4], 1):
+            new = slice(done, done + chunk.shape[1])
+            done = new.stop
+            seen = room[:, :, new, : size or done]
+            positions = torch.arange(new.start, new.stop)[None]
+            steps.append(model(chunk, attention_mask=seen, position_ids=positions, past_key_values=cache).logits)
+    assert relative_rms(torch.cat(steps, 1), full) < BUDGET
 
 
 def test_gradients_flow_through_a_growing_cache(host):

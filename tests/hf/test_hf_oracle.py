@@ -21,6 +21,8 @@ from transformers import (
     Qwen2Model,
     SiglipVisionConfig,
     SiglipVisionModel,
+    SplinterConfig,
+    SplinterModel,
     T5Config,
     T5Model,
 )
@@ -361,3 +363,16 @@ def test_gemma2_caps_its_scores_and_is_refused():
     config.vocab_size = 50
     with pytest.raises(ValueError, match=r"layers\.0\.self_attn is a .*Gemma2Attention, whose scores are capped"):
         convert(Gemma2Model(config), "twicing")
+
+
+def test_without_a_mask_a_host_of_eager_attention_holds_nothing_back(inputs_of):
+    # Splinter says nowhere that it is bidirectional: it serves "eager" only, which does not ask.
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = SplinterModel(SplinterConfig(**sizes, intermediate_size=48, initializer_range=0.3)).eval().double()
+    inputs = inputs_of("bert")
+    with torch.no_grad():
+        untouched = model(**inputs)[0]
+        convert(model, "standard")
+        # The host's own softmax is in fp32.
+        assert relative_rms(model(**inputs)[0], untouched) < 1e-6

@@ -12,9 +12,13 @@ from transformers import (
     BartForConditionalGeneration,
     BloomConfig,
     BloomModel,
+    DiffLlamaConfig,
+    DiffLlamaModel,
     GPT2Config,
     GPT2Model,
     LlamaForCausalLM,
+    SplinterConfig,
+    SplinterModel,
     T5Config,
     T5Model,
 )
@@ -124,7 +128,7 @@ def test_attention_weights_are_not_made_up(name, host, inputs_of):
     model(**inputs_of(name))
 
 
-@pytest.mark.parametrize("name", ["softcap", "s_aux", "head_mask"])
+@pytest.mark.parametrize("name", ["softcap", "s_aux", "sinks", "indices", "block_indices", "head_mask"])
 def test_other_formulas(name, host):
     layer = host("llama").model.layers[0]
     convert(layer, "twicing")
@@ -232,3 +236,17 @@ def test_a_bare_module_list(host):
     layers = host("llama").model.layers[1:]
     assert isinstance(layers, nn.ModuleList)
     assert [site.path for site in find_sites(layers)] == ["0.self_attn", "1.self_attn"]
+
+
+def test_a_difference_of_two_attentions_is_refused():
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = DiffLlamaModel(DiffLlamaConfig(**sizes, num_key_value_heads=2, intermediate_size=48))
+    with pytest.raises(ValueError, match=r"DiffLlamaAttention, which subtracts one softmax attention from another"):
+        convert(model, "twicing")
+
+
+def test_attention_that_does_not_say_whether_it_is_causal_is_refused_without_a_mask(inputs_of):
+    sizes = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = SplinterConfig(**sizes, intermediate_size=48, attn_implementation="twicing")
+    with pytest.raises(ValueError, match=r"SplinterSelfAttention does not say whether it is causal.* with 'eager'"):
+        SplinterModel(config)(**inputs_of("bert"))

@@ -37,6 +37,8 @@ OTHER_TOKENS = (
 _OTHER_FORMULAS = ("softcap", "s_aux", "sinks", "indices", "block_indices", "head_mask")
 # None is that of a layer without a model, which computes as "eager".
 _MASKS_OF = ("sdpa", "eager", NAME, None)
+# With these nothing but the mask holds a token back; "sdpa" leaves out the mask where a module says that it is causal.
+_ALL_IN_THE_MASK = ("eager", None)
 _NOT_HANDED = object()
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
@@ -159,7 +161,7 @@ def attention_function(
     cache. Raises ValueError for whatever would be another formula, another kind of attention, or another cache.
     """
     _refuse_others(module, attention_mask, options)
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    causal = _is_causal(module, is_causal, attention_mask, query.shape[2])
     # As in the host: no mask is needed where all tokens are new and nothing but causality holds them back.
     is_causal = causal and attention_mask is None and query.shape[2] > 1
     if position_bias is not None:
@@ -254,6 +256,21 @@ def _refuse_others(module: nn.Module, attention_mask: object, options: dict[str,
             f"{type(attention_mask).__name__}"
             f"{f' {list(attention_mask.shape)}' if isinstance(attention_mask, Tensor) else ''}."
         )
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None, attention_mask: Tensor | None, tokens: int) -> bool:
+    """Whether no token attends to a later one, as the host's own attention function would have it."""
+    implementation = vars(module)["config"]._attn_implementation
+    if attention_mask is None and tokens > 1 and implementation in _ALL_IN_THE_MASK:
+        return False
+    said = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if said is None and attention_mask is None and tokens > 1 and implementation == NAME:
+        # Hosts without "sdpa" rely on "eager", and its masks were not asked for.
+        raise ValueError(
+            f"{type(module).__name__} does not say whether it is causal, and got no mask that does: load the model "
+            "with 'eager', and twicing.convert() it."
+        )
+    return said is None or bool(said)
 
 
 def _biased(bias: Tensor, attn_mask: Tensor | None, is_causal: bool, seen: int) -> Tensor:

@@ -225,3 +225,8 @@ def _refuse_unmirrored(attention: nn.Module, path: str) -> None:
             f"{path} is a {kind.__module__}.{kind.__name__}, whose scores are capped, or go partly to a sink: its rows "
             "are not those of softmax(scale Q K^T + mask)."
         )
+    if hasattr(attention, "lambda_init"):
+        raise ValueError(
+            f"{path} is a {kind.__module__}.{kind.__name__}, which subtracts one softmax attention from another: to "
+            "twice each of them is not to twice the difference."
+        )
