@@ -17,9 +17,8 @@ def make_vit():
         family = VisionTransformerDistilled if distilled else VisionTransformer
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = family(
-                img_size=8, patch_size=2, in_chans=1, num_classes=10, embed_dim=24, depth=3, num_heads=3, **options
-            )
+            sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "num_classes": 10}
+            model = family(**sizes | {"embed_dim": 24, "depth": 3, "num_heads": 3} | options)
             for block in model.blocks:
                 block.attn.fused_attn = fused
                 # Fresh weights are so small that every token attends to all alike; larger ones tell layers apart.

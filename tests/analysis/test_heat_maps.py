@@ -44,6 +44,13 @@ def test_registers_are_left_out_and_without_a_class_token_patches_are_averaged()
     assert Patches(1, 2, 2).whose == "the class token's"
 
 
+def test_registers_alone_are_no_class_token():
+    matrix = torch.arange(36.0).reshape(6, 6)
+    patches = Patches(2, 2, 2, only_registers=True)
+    assert patches.laid_out(matrix).tolist() == matrix[2:, 2:].mean(0).reshape(2, 2).tolist()
+    assert "no class token" in patches.whose
+
+
 def test_other_tokens_are_refused():
     with pytest.raises(ValueError, match=r"2 x 2 patches and 1 prefix tokens.*\[\.\.\., 5, 5\]: got \[6, 6\]"):
         Patches(1, 2, 2).laid_out(torch.ones(6, 6))
@@ -59,7 +66,11 @@ def test_few_patches_are_too_few():
 def test_the_grid_is_read_from_the_model(make_vit):
     assert patches_of(make_vit(), 17) == Patches(1, 4, 4)
     assert patches_of(make_vit(distilled=True), 18) == Patches(2, 4, 4)
+    assert patches_of(make_vit(distilled=True, img_size=(8, 12)), 26) == Patches(2, 4, 6)
+    assert patches_of(make_vit(reg_tokens=3), 20) == Patches(4, 4, 4)
     assert patches_of(make_vit(class_token=False, global_pool="avg"), 16) == Patches(0, 4, 4)
+    pooled = make_vit(class_token=False, reg_tokens=3, global_pool="avg")
+    assert patches_of(pooled, 19) == Patches(3, 4, 4, only_registers=True)
     model = make_vit()
     del model.num_prefix_tokens
     with pytest.raises(ValueError, match="does not say how its 17 tokens lie on the image"):
