@@ -58,3 +58,15 @@ def test_without_fidelity_there_is_no_single_minimiser(parts):
     _, weights, data = parts
     with pytest.raises(ValueError, match="fidelity must be positive"):
         minimiser(weights, data, 0.0)
+
+
+@pytest.mark.parametrize(("pull", "converges"), [(0.95, True), (1.05, False)])
+def test_steps_converge_where_the_pull_is_weaker_than_the_smoothing(parts, pull, converges):
+    _, _, data = parts
+    # A is the mean: its eigenvalues are 1 and 0, so that the bound is sharp. 1 / (w + w^T).sum(1) is 1.
+    weights = torch.full((6, 6), 1 / 12, dtype=torch.float64)
+    values = data
+    for _ in range(1000):
+        values = gradient_step(values, weights, data, pull)
+    apart = (values - minimiser(weights, data, pull)).norm()
+    assert apart < 1e-9 if converges else apart > 1e9

@@ -245,7 +245,14 @@ def test_energy_notices_a_wrong_gradient(monkeypatch):
     assert energy.claims(energy.measure(0))[0].holds is False
 
 
+@pytest.mark.parametrize("seed", [3, 9])
+def test_steps_of_any_draw_converge_or_diverge_as_the_pull_says(seed):
+    """Row sums of random tokens differ by far: with pulls of a fixed size some draws did neither as claimed."""
+    assert all(claim.holds for claim in energy.claims(energy.measure(seed)))
+
+
 def test_a_diverging_step_is_noticed(monkeypatch):
+    monkeypatch.setattr(energy, "MOST_STEPS", 1000)
     monkeypatch.setattr(energy, "FIDELITIES", (0.0, 0.05, 0.2, 5.0))
     assert not energy.claims(energy.measure(0))[2].holds
 
@@ -260,6 +267,18 @@ def test_eigenvalues_are_compared_both_ways():
     one, two = torch.tensor([0.0, 1.0 + 0j]), torch.tensor([0.0, 1.0, 5.0 + 0j])
     assert assumptions._farthest(one, two) == pytest.approx(4)
     assert assumptions._farthest(two, one) == pytest.approx(4)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("largest", [0.6, 0.93, 0.99, 0.998])
+def test_late_slopes_are_of_depths_at_which_the_gap_shows(largest, order):
+    spectrum = torch.linspace(0, largest, 63, dtype=torch.float64)
+    depth, steepness = assumptions._late(spectrum, order)
+    left = largest if order == 1 else 2 * largest - largest**2
+    assert left**depth <= assumptions.SLOWEST_LEFT < left ** (depth - 1)
+    first, second = ((1 - (1 - spectrum) ** order) ** n for n in (depth, 2 * depth))
+    assert steepness == pytest.approx(float((second.mean() / first.mean()).log2()))
+    assert steepness < -4 / math.log(2)
 
 
 def test_spectra_count_what_is_real_and_in_range():

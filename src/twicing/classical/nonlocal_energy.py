@@ -31,8 +31,8 @@ def gradient_step(values: Tensor, weights: Tensor, data: Tensor, fidelity: float
     """One step down the gradient with step size t_i = 1 / sum_j (w_ij + w_ji): u <- A u + lambda t (f - u), [N, D].
 
     A is the row-normalised symmetric part of the weights. Without fidelity the step is A u, an attention layer; with
-    it, what the layers smooth away is pulled back from the data. It converges where lambda t_i < 2 and A has no
-    eigenvalue below 0. Source: arXiv 2503.00687, equation 7.
+    it, what the layers smooth away is pulled back from the data. It converges where A has no eigenvalue below 0
+    and lambda t_i < 1; a stronger pull may overshoot. Source: arXiv 2503.00687, equation 7.
     """
     size = 1 / (weights + weights.T).sum(1, keepdim=True)
     return values - size * nonlocal_gradient(values, weights, data, fidelity)

@@ -1,5 +1,6 @@
 """What the theory assumes of A, and which matrices are not like that: asymmetric, causal, different, trained."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ DEPTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # The place of 16 layers, deep enough for most models.
 SHALLOW = 4
 IMAGES = 64
+# What of the slowest eigenvalue is left where the late slopes begin: there, few others are.
+SLOWEST_LEFT = math.exp(-4)
 # Below this an imaginary part is rounding, and an eigenvalue outside of [0, 1] by less is inside.
 ROUNDING = 1e-6
 DIGITS = 1e-9
@@ -45,7 +48,8 @@ class Assumptions:
     of A, asymmetric A. singular_mapping: of singular values, the same, relative to the largest.
     causal_diagonal: the largest distance between eigenvalues and diagonal of a causal A.
     depths, capacity: the mean of p(x)^n over the eigenvalues of one matrix, by order, with kappa_n beside it;
-    late_slopes: of their logarithms, after the first eigenvalue is taken out, over the last depths.
+    late_depths: at which the second largest eigenvalue has SLOWEST_LEFT left, by order.
+    late_slopes: of the mean's logarithm, after the largest eigenvalue is taken out, from there to twice the depth.
     product: what is left of centred tokens after n different matrices, by order.
     accuracy: of the trained classifiers on held-out digits, by order.
     """
@@ -57,6 +61,7 @@ class Assumptions:
     depths: tuple[int, ...]
     capacity: dict[int, tuple[float, ...]]
     kappa: dict[int, tuple[float, ...]]
+    late_depths: dict[int, int]
     late_slopes: dict[int, float]
     product: dict[int, tuple[float, ...]]
     accuracy: dict[int, float]
@@ -88,7 +93,7 @@ def measure(seed: int) -> Assumptions:
     eigenvalues = torch.linalg.eigvals(symmetric).real.clamp(0, 1).sort().values
     capacity = {order: _capacity(eigenvalues, order) for order in (1, 2)}
     # The eigenvalue 1 belongs to the constant vector, which every layer keeps.
-    without_first = {order: _capacity(eigenvalues[:-1], order) for order in (1, 2)}
+    late = {order: _late(eigenvalues[:-1], order) for order in (1, 2)}
     return Assumptions(
         spectra=spectra,
         mapping=_farthest(torch.linalg.eigvals(twiced), boosted_eigenvalue(torch.linalg.eigvals(asymmetric))),
@@ -97,7 +102,8 @@ def measure(seed: int) -> Assumptions:
         depths=DEPTHS,
         capacity=capacity,
         kappa={order: tuple(eigencapacity(n, order) for n in DEPTHS) for order in (1, 2)},
-        late_slopes={order: slope(DEPTHS[-2:], values[-2:]) for order, values in without_first.items()},
+        late_depths={order: depth for order, (depth, _) in late.items()},
+        late_slopes={order: steepness for order, (_, steepness) in late.items()},
         product=_products(draw),
         accuracy=accuracy,
     )
@@ -108,7 +114,7 @@ def claims(numbers: Assumptions) -> tuple[Claim, ...]:
     share = {name: 100 * spectrum.in_range for name, spectrum in numbers.spectra.items()}
     same, apart = numbers.spectra["queries = keys"], numbers.spectra["queries, keys apart"]
     trained = [numbers.spectra[f"trained, order {order}"] for order in (1, 2)]
-    late = numbers.late_slopes
+    late, depth = numbers.late_slopes, numbers.late_depths
     return (
         Claim(
             "The eigenvalues of 2 A - A A are 2 x - x^2 of those of A, for any A.",
@@ -164,7 +170,8 @@ def claims(numbers: Assumptions) -> tuple[Claim, ...]:
             "mean over a spectrum that reaches up to 1 without a gap.",
             "our derivation, docs/theory.md",
             LIMIT,
-            f"log-log slopes between the last depths {late[1]:.1f} and {late[2]:.1f} instead of -1 and -0.5; after "
+            f"log-log slopes {late[1]:.1f} from {depth[1]} to {2 * depth[1]} layers and, twiced, {late[2]:.1f} from "
+            f"{depth[2]} to {2 * depth[2]}, instead of -1 and -0.5; after "
             f"{numbers.depths[SHALLOW]} layers with an A of their own {100 * numbers.product[1][SHALLOW]:.2g} % and "
             f"{100 * numbers.product[2][SHALLOW]:.2g} % of the tokens' differences are left, where n^-1 and n^-1/2 are "
             f"{100 / numbers.depths[SHALLOW]:.0f} % and {100 / numbers.depths[SHALLOW] ** 0.5:.0f} %",
@@ -238,6 +245,16 @@ def _singular_mapping(A: Tensor, twiced: Tensor) -> float:
 
 def _capacity(eigenvalues: Tensor, order: int) -> tuple[float, ...]:
     return tuple(float((boosted_eigenvalue(eigenvalues, order) ** n).mean()) for n in DEPTHS)
+
+
+def _late(eigenvalues: Tensor, order: int) -> tuple[int, float]:
+    """A depth n at which the largest of the eigenvalues, ascending, is nearly gone, and the slope from n to 2 n.
+
+    How deep that is depends on the gap below 1, which twicing squares: at a fixed depth a draw may not be there yet.
+    """
+    depth = math.ceil(math.log(SLOWEST_LEFT) / math.log(float(boosted_eigenvalue(eigenvalues[-1], order))))
+    left = [float((boosted_eigenvalue(eigenvalues, order) ** n).mean()) for n in (depth, 2 * depth)]
+    return depth, slope((depth, 2 * depth), left)
 
 
 def _products(draw: torch.Generator) -> dict[int, tuple[float, ...]]:

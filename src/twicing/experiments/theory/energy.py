@@ -23,15 +23,17 @@ from twicing.ops.reference import attention_matrix
 
 TOKENS, WIDTH = 48, 8
 FIDELITIES = (0.0, 0.05, 0.2)
-# Too strong a pull for attention's step size.
-TOO_STRONG = 1.0
+# Too strong a pull for attention's step size, whatever the draw: where t_i is 1, A_ii - lambda t_i is below -1.
+TOO_STRONG = 2.0
 STEPS = 60
+# Steps to the end, but no more than a spectral radius of .998 needs.
+MOST_STEPS, AT_REST = 10_000, 1e-12
 DIGITS = 1e-10
 
 
 @dataclass(frozen=True)
 class Energy:
-    """Tokens of one draw, weights exp(x_i x_j / sqrt D), rows divided by the mean row sum.
+    """Tokens of one draw, weights exp(x_i x_j / sqrt D), divided by twice the smallest row sum.
 
     gradient: autograd against the formula, relative, with weights that are not symmetric and fidelity 0.2.
     step: the step without fidelity against A u. symmetric_part: how far A is from the row-normalised w alone, relative:
@@ -76,8 +78,10 @@ def measure(seed: int) -> Energy:
         energies[fidelity] = tuple(energy / along[0] for energy in along)
         kept[f"lambda = {fidelity:g}"] = tuple(left)
         if fidelity > 0:
-            for _ in range(4000):
-                values = gradient_step(values, weights, data, fidelity)
+            for _ in range(MOST_STEPS):
+                before, values = values, gradient_step(values, weights, data, fidelity)
+                if _relative(before, values) < AT_REST:
+                    break
             distances.append(_relative(values, minimiser(weights, data, fidelity)))
     values, left = data, []
     for _ in range(STEPS + 1):
@@ -138,7 +142,7 @@ def claims(numbers: Energy) -> tuple[Claim, ...]:
             OUR_READING,
             f"after {STEPS} steps {100 * kept['lambda = 0']:.2g} % of the distance to the mean token is left at "
             f"lambda = 0 and {100 * kept['lambda = 0.2']:.3g} % at 0.2; distance to the solution {numbers.limit:.1e}",
-            kept["lambda = 0"] < 0.05 < 0.1 < kept["lambda = 0.2"] and numbers.limit < 1e-8,
+            kept["lambda = 0"] < 0.1 < kept["lambda = 0.2"] and numbers.limit < 1e-8,
         ),
         Claim(
             "Attention's step size suits the smoothing only: too strong a pull diverges.",
@@ -193,8 +197,8 @@ def picture(numbers: Energy) -> Picture:
 
 def _weights(query: Tensor, key: Tensor) -> Tensor:
     weights = torch.exp(query @ key.T / key.shape[1] ** 0.5)
-    # Only lambda's size against the weights depends on this: then the mean step size is about one half.
-    return weights / weights.sum(1).mean()
+    # Only lambda's size against the weights depends on this: then the largest step size t_i is 1 in every draw.
+    return weights / (2 * weights.sum(1).min())
 
 
 def _spread(values: Tensor) -> float:
