@@ -49,6 +49,10 @@ def test_a_ratio_is_paired_by_input():
     both = np.stack([first, 2 * first], axis=1)
     ratio = band(both, resamples(25, 0), lambda means: means[..., 0] / means[..., 1])
     assert (float(ratio.value), float(ratio.low), float(ratio.high)) == pytest.approx((0.5, 0.5, 0.5))
+    # Of the means, and not the mean of the ratios.
+    second = np.random.default_rng(4).uniform(1, 10, size=25)
+    uneven = band(np.stack([first, second], axis=1), resamples(25, 0), lambda means: means[..., 0] / means[..., 1])
+    assert float(uneven.value) == pytest.approx(first.mean() / second.mean())
     assert band(first, resamples(25, 0)).high - band(first, resamples(25, 0)).low > 1
 
 

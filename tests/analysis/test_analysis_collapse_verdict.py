@@ -87,6 +87,25 @@ def test_each_threshold_lies_where_it_is_said_and_inputs_may_leave_it_open(edge)
     assert verdict(made_up(**{name: (0.98 * threshold,) * LAYERS}, spread=0.2)).kind == OPEN
 
 
+@pytest.mark.parametrize("edge", EDGES)
+def test_what_lies_at_a_threshold_is_not_below_it(edge):
+    name, threshold, _, above = EDGES[edge]
+    # Resamples of a single input: their means are the threshold to the last bit.
+    found = judge(made_up(**{name: (threshold,) * LAYERS}, spread=0.0), [made_up(spread=0.0)], np.eye(INPUTS))
+    assert (found.kind, found.open) == (above, ())
+
+
+def test_a_band_that_ends_at_a_threshold_is_open():
+    model = made_up(spread=0.0)
+    values = torch.full((INPUTS,), 0.7, dtype=torch.float64)
+    values[0] = 0.5**0.5
+    model.values[BLOCK_OUTPUT, SHARE][:, -1] = values
+    # All resamples are of the one input at the threshold, or of one below.
+    ends = np.zeros((2, INPUTS))
+    ends[0, 0] = ends[1, 1] = 1.0
+    assert judge(model, [made_up(spread=0.0)], ends).kind == OPEN
+
+
 def test_depth_is_held_against_the_largest_rank_on_the_way():
     kept = verdict(made_up(rank=(6.0, 12.0, 9.0, 6.6)))
     assert kept.facts.peak == 2
@@ -125,6 +144,8 @@ def test_the_initialisation_is_the_mean_of_its_draws_and_judged_by_the_same_rule
     collapsed = made_up(rank=(10.0, 5.0, 2.5, 1.2), seed=3)
     assert verdict(made_up(), collapsed).initial == COLLAPSES
     assert float(verdict(made_up(), collapsed).facts.against.value) == pytest.approx(10 / 1.2)
+    # It is held against itself: that the model is wider makes it no narrower.
+    assert verdict(made_up(rank=(16.0,) * LAYERS), made_up(rank=(4.0,) * LAYERS)).initial == NO_SIGN
     # What falls with depth is a collapse although the initialisation does the same, and then that is said beside it.
     assert (verdict(collapsed, collapsed).kind, verdict(collapsed, collapsed).initial) == (COLLAPSES, COLLAPSES)
 

@@ -25,6 +25,7 @@ MASKS = {
     "-1e4": ({"attn_mask": torch.zeros(TOKENS, TOKENS).masked_fill(~CAUSAL, -1e4)}, CAUSAL),
     "bias": ({"attn_mask": torch.linspace(-20, 20, TOKENS).expand(TOKENS, TOKENS)}, torch.ones(TOKENS, TOKENS) > 0),
     "empty row": ({"attn_mask": EMPTY_ROW}, EMPTY_ROW),
+    "keys by broadcasting": ({"attn_mask": EMPTY_ROW[:, :1]}, EMPTY_ROW[:, :1].expand(TOKENS, TOKENS)),
 }
 
 

@@ -57,6 +57,18 @@ def test_the_parts_are_those_of_the_definition(model):
         torch.testing.assert_close(found.parts[name], expected[name], atol=1e-5, rtol=1e-4)
 
 
+def test_a_hosts_own_scale_is_in_all_of_them(model):
+    plain = logit_parts(model, IMAGES)
+    convert(model, "standard")
+    # Without the fused kernel timm multiplies by its own scale, and so does what stands in for it.
+    attention = model.blocks[0].attn
+    attention.fused_attn, attention.scale = False, 3 * attention.scale
+    scaled = logit_parts(model, IMAGES)
+    torch.testing.assert_close(scaled.logits, 3 * plain.logits)
+    for name in PARTS:
+        torch.testing.assert_close(scaled.parts[name], 3 * plain.parts[name])
+
+
 def test_they_sum_to_the_logits_that_the_layer_sees(model):
     found = logit_parts(model, IMAGES)
     torch.testing.assert_close(sum_of(found.parts) + found.rest, found.logits, atol=1e-4, rtol=1e-4)

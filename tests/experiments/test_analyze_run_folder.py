@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from twicing.analysis.logit_parts import logit_parts
 from twicing.experiments.analyze import run as run_module
 from twicing.experiments.analyze import section as section_module
 from twicing.experiments.analyze.keep import read_analysis
@@ -281,9 +282,14 @@ def test_what_is_lost_is_against_unscaled_logits():
     assert lost_by_seed(rows, "b") == pytest.approx({0: 0.5})
 
 
-def test_parts_of_the_logits_are_there_by_head(numbers):
+def test_parts_of_the_logits_are_there_by_head(run_folder, numbers):
     rows = rows_of(numbers["logit_parts"], "standard, seed 0")
     assert len(rows) == 6 * 2
+    # A root mean square over all images, not a mean of each image's.
+    parts = logit_parts(trained(run_folder, "standard"), held_out(0, IMAGES)[0]).parts["token-token"]
+    centred = parts - parts.mean(-1, keepdim=True)
+    expected = centred.square().mean((0, 2, 3)).sqrt()
+    assert [row["sd"] for row in rows if row["part"] == "token-token"] == pytest.approx(expected.tolist(), rel=1e-6)
     by_part = {row["part"]: row["sd"] for row in rows if row["head"] == 1}
     assert list(by_part) == ["token-token", "token-position", "position-token", "position-position", "rest", "all"]
     assert all(value > 0 for value in by_part.values())
@@ -309,6 +315,8 @@ def test_spectra_themselves_are_kept_for_what_is_drawn(run_folder, analyzed):
     found = [complex(float(row["A_real"]), float(row["A_imaginary"])) for row in mine]
     expected = np.linalg.eigvals(matrices[2, 0, 1])
     assert np.abs(np.array(found)[:, None] - expected[None]).min(1).max() < 1e-5
+    # Rows sum to 1 as float64 has it, of queries and keys in float32 too.
+    assert abs(found[0] - 1) < 1e-12
     moved = [complex(float(row["p(A)_real"]), float(row["p(A)_imaginary"])) for row in mine]
     assert moved == pytest.approx([1.5 * one - 0.5 * one**2 for one in found])
     singular = read_csv(analyzed, "singular_values")
@@ -351,6 +359,16 @@ def test_the_sections_table_is_the_mean_over_seeds(section, numbers):
     assert line.cells[0].mean == pytest.approx(np.mean(by_seed))
     assert line.cells[0].sd == pytest.approx(np.std(by_seed, ddof=1))
     assert line.cells[2].sd is None
+    line = next(line for line in spectra.lines if line.what == "largest imaginary part in any head")
+    by_seed = [
+        max(row["largest_imaginary"] for row in rows_of(numbers["spectrum"], f"standard, seed {seed}"))
+        for seed in (0, 1)
+    ]
+    assert line.cells[0].mean == pytest.approx(np.mean(by_seed))
+    products = next(one for one in section.chapters if one.title == "Products of attention matrices")
+    line = products.tables[0].lines[0]
+    of_all = [rows_of(numbers["products"], f"standard, seed {seed}", kind=line.what, depth=3) for seed in (0, 1)]
+    assert line.cells[0].mean == pytest.approx(np.mean([row["effective_rank"] for (row,) in of_all]))
     bandwidth = section.chapters[-1]
     assert bandwidth.title == "Bandwidth test"
     rows = numbers["bandwidth"]

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 
 from twicing.adapters.surgery import convert, spec
-from twicing.analysis.bandwidth import scaled_logits
+from twicing.analysis.bandwidth import FACTORS, scaled_logits
 from twicing.data.decode import to_tensor
 from twicing.experiments.analyze import run as run_module
 from twicing.experiments.analyze import spectrum_figures
@@ -172,6 +172,14 @@ def test_agreement_is_with_the_models_own_answer(analyzed):
         assert {row["n"] for row in rows} == {6}
         assert next(row["value"] for row in rows if row["factor"] == 1) == 1
         assert all(0 <= row["value"] <= 1 for row in rows)
+
+
+def test_scaled_answers_are_held_against_the_unscaled_ones(monkeypatch):
+    scaled = torch.tensor([[factor > 1, factor >= 1] for factor in FACTORS]).long()
+    monkeypatch.setattr(run_module, "answers_by_factor", lambda *_, **__: scaled)
+    test = run_module._Bandwidth(torch.zeros(2, 3, 8, 8), None, True, 2)
+    rows = test.rows(None, torch.device("cpu"), lambda _: None)
+    assert [row["value"] for row in rows] == [0.5 if factor != 1 else 1.0 for factor in FACTORS]
 
 
 class Page(HTMLParser):

@@ -57,6 +57,9 @@ def test_half_precision_rounds_the_boosted_values_once():
     assert torch.equal(boosted, exact.to(torch.bfloat16))
     rounded_each_time = values + 0.3 * (values - smoothed)
     assert not torch.equal(rounded_each_time, exact.to(torch.bfloat16))
+    # Nor is what one round adds rounded before the next.
+    further = exact + 0.3 * (values.double() - smoothed.double())
+    assert torch.equal(boosted_values(lambda v: smoothed, values, 3, 0.3), further.to(torch.bfloat16))
 
 
 def test_a_gain_tensor_of_another_dtype_does_not_change_the_dtype_of_the_values():

@@ -169,6 +169,15 @@ def test_gain_zero_is_off_bit_for_bit(case, gain, generator):
         assert torch.equal(twicing_attention(*tensors, gain=gain, backend="sdpa", **options), expected)
 
 
+def test_a_gain_in_fp32_is_not_rounded_to_half_precision(generator):
+    q, k, v = make_inputs((2, 3, 40, 16), generator=generator, dtype=torch.bfloat16)
+    # In bfloat16 it would be 1.
+    gain = torch.full((3,), 1.003)
+    output = twicing_attention(q, k, v, gain=gain)
+    assert torch.equal(output, twicing_attention(q, k, v, gain=float(gain[0])))
+    assert not torch.equal(output, twicing_attention(q, k, v, gain=1.0))
+
+
 def test_a_gain_per_head_is_each_head_with_its_gain(backend, generator):
     q, k, v = make_inputs((2, 3, 9, 4), generator=generator, dtype=torch.float64)
     gains = [0.0, 0.5, 1.5]
