@@ -24,9 +24,9 @@ shapes='["1024x3x197x64", "1024x3x256x64", "8x32x1024x64-causal", "8x32x1024x64"
 shapes+=', "8x32x16384x64-causal", "8x32x16384x64"]'
 summary=()
 
-# stage NAME SECONDS COMMAND...: run it with a limit, keep its output in $OUT/NAME.log, remember how it ended.
-stage() {
-    local name=$1 limit=$2 status started=$SECONDS
+# limited NAME SECONDS COMMAND...: run it with a limit, and keep its output in $OUT/NAME.log.
+limited() {
+    local name=$1 limit=$2
     shift 2
     if [ "$dry_run" = yes ]; then
         printf '%s\t%s\t' "$name" "$limit"
@@ -37,24 +37,50 @@ stage() {
     echo "== $name (at most $limit s)"
     # SIGINT first: a benchmark that is told to stop keeps the rows it has finished.
     timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log"
-    status=${PIPESTATUS[0]}
+    return "${PIPESTATUS[0]}"
+}
+
+# remember NAME SECONDS STATUS STARTED: how a stage ended, for the summary.
+remember() {
+    local name=$1 limit=$2 status=$3 started=$4
     case $status in
         0) summary+=("$name: passed, $((SECONDS - started)) s") ;;
         124 | 137) summary+=("$name: stopped at its limit of $limit s") ;;
         *) summary+=("$name: failed with status $status, $((SECONDS - started)) s") ;;
     esac
-    return "$status"
 }
 
 bench() {
-    local name=$1 limit=$2 options=$3
-    stage "bench-$name" "$limit" "$PYTHON" -m twicing.experiments.bench "$name" "$options"
+    local name=bench-$1 limit=$2 started=$SECONDS
+    limited "$name" "$limit" "$PYTHON" -m twicing.experiments.bench "$1" "$3"
+    remember "$name" "$limit" $? "$started"
+}
+
+# The tests side by side, in four parts that leave out none: nearly all of their time goes into compiling the kernels,
+# some hundred of them, of which a process compiles one after the other.
+gpu_tests() {
+    local limit=$1 started=$SECONDS pids=() part status worst=0
+    local parts=("blocks and causal" "blocks and not causal" "not blocks and causal" "not blocks and not causal")
+    for part in "${!parts[@]}"; do
+        # Warnings stay warnings: the versions here are not those that the project is developed with.
+        limited "gpu-tests-$((part + 1))" "$limit" "$PYTHON" -m pytest -m gpu tests/gpu -k "${parts[part]}" \
+            -q -p no:cacheprovider -o filterwarnings=default &
+        pids+=($!)
+        # One after the other where nothing is run, so that the lines come in order.
+        [ "$dry_run" = no ] || wait $!
+    done
+    for part in "${!parts[@]}"; do
+        wait "${pids[part]}"
+        status=$?
+        remember "gpu-tests-$((part + 1))" "$limit" "$status" "$started"
+        [ "$status" = 0 ] || worst=$status
+    done
+    return "$worst"
 }
 
 [ "$dry_run" = yes ] || mkdir -p "$OUT" || exit 2
 
-# Warnings stay warnings: the versions here are not those that the project is developed with.
-stage gpu-tests 210 "$PYTHON" -m pytest -m gpu tests/gpu -q -p no:cacheprovider -o filterwarnings=default
+gpu_tests 210
 tests=$?
 bench ops 200 "{\"device\": \"cuda\", \"dtype\": \"bfloat16\", \"seconds\": 0.3, \"out\": \"$OUT\", \"contenders\": $ours, \"shapes\": $shapes}"
 bench decode 45 "{\"device\": \"cuda\", \"dtype\": \"bfloat16\", \"seconds\": 0.2, \"out\": \"$OUT\"}"

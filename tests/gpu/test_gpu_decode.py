@@ -70,5 +70,5 @@ def test_a_step_copies_no_keys(dtype, generator):
     before = torch.cuda.memory_allocated()
     decode_step(*new, state)
     grown = torch.cuda.max_memory_allocated() - before
-    # Some rows of scores in fp32, [8, 8193]: a sixteenth of the keys each.
+    # Some rows of scores in fp32, [8, 8194]: a thirty-second of the keys each.
     assert grown < state.keys.nbytes / 2

@@ -18,11 +18,13 @@ SCRIPT = ROOT / "scripts" / "gpu_check.sh"
 # Nine minutes, and of these half a minute to start.
 MOST_SECONDS = 510 + 20
 
+TEST_PARTS = [f"gpu-tests-{part}" for part in (1, 2, 3, 4)]
+
 # Says what it was asked to do, and fails or hangs where the test says so.
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "ran $*" >> "$OUT/calls"
 case "$*" in
-    *"-m pytest"*) exit ${TESTS_STATUS:-0} ;;
+    *"-m pytest"*"-k not blocks and causal "*) exit ${TESTS_STATUS:-0} ;;
     *"bench ops"*) exit 3 ;;
 esac
 """
@@ -48,8 +50,21 @@ def stages():
 
 
 def test_the_stages_fit_into_nine_minutes(stages):
-    assert list(stages) == ["gpu-tests", "bench-ops", "bench-decode", "bench-model"]
-    assert sum(limit for limit, _ in stages.values()) <= MOST_SECONDS
+    assert list(stages) == [*TEST_PARTS, "bench-ops", "bench-decode", "bench-model"]
+    # The parts of the tests run side by side.
+    one_after_the_other = [limit for name, (limit, _) in stages.items() if name not in TEST_PARTS[1:]]
+    assert sum(one_after_the_other) <= MOST_SECONDS
+
+
+def test_the_parts_of_the_tests_leave_out_none_and_run_none_twice(stages):
+    conditions = []
+    for name in TEST_PARTS:
+        command = stages[name][1]
+        assert command[1:5] == ["-m", "pytest", "-m", "gpu"]
+        conditions.append(command[command.index("-k") + 1])
+    for blocks in (True, False):
+        for causal in (True, False):
+            assert sum(eval(condition, {"blocks": blocks, "causal": causal}) for condition in conditions) == 1
 
 
 def test_the_benchmarks_are_told_what_they_understand(stages):
@@ -86,12 +101,17 @@ def test_the_tests_decide_and_a_benchmark_that_fails_stops_nothing(status, fake)
     done = run(**fake, TESTS_STATUS=str(status))
     assert done.returncode == status
     calls = Path(fake["OUT"], "calls").read_text().splitlines()
-    assert len(calls) == 4
-    assert "-m gpu tests/gpu" in calls[0]
+    assert ["-m gpu tests/gpu" in call for call in calls] == [True] * 4 + [False] * 3
     summary = done.stdout.partition("== summary\n")[2].splitlines()
-    assert summary[0].startswith("gpu-tests: passed" if status == 0 else "gpu-tests: failed with status 1")
-    assert summary[1].startswith("bench-ops: failed with status 3")
-    assert summary[3].startswith("bench-model: passed")
+    assert [line.partition(",")[0] for line in summary[:-1]] == [
+        "gpu-tests-1: passed",
+        "gpu-tests-2: passed",
+        "gpu-tests-3: passed" if status == 0 else "gpu-tests-3: failed with status 1",
+        "gpu-tests-4: passed",
+        "bench-ops: failed with status 3",
+        "bench-decode: passed",
+        "bench-model: passed",
+    ]
 
 
 def test_a_wrong_argument_is_answered():
