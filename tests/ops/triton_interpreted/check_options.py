@@ -86,7 +86,7 @@ def seeded(call, *args, **options):
 
 def dropped_matrix(call, q, k, **options):
     """With gain 0 and the identity for values, what comes out is the dropped A itself."""
-    identity = torch.eye(q.shape[-2]).expand(*q.shape[:-1], q.shape[-2])
+    identity = torch.eye(k.shape[-2]).expand(*k.shape[:-1], k.shape[-2])
     return seeded(call, q, k, identity, gain=0.0, **options)
 
 
@@ -106,6 +106,33 @@ def test_both_passes_and_the_backward_drop_the_same_weights(is_causal, schedule,
     upstream = torch.randn(output.shape, generator=generator)
     found = torch.autograd.grad(output, (q, k, v, gain), upstream)
     for gradient, wanted in zip(found, torch.autograd.grad(expected, (q, k, v, gain), upstream.double()), strict=True):
+        assert relative_rms(gradient, wanted) < 2e-6
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["masked", "causal"])
+def test_every_head_of_every_entry_has_its_own_mask_gain_and_dropped_weights(
+    is_causal, order, schedule, call, generator
+):
+    """Two entries of four heads, of which two share a key head: nothing is the same for two of them."""
+    q, k, v = (x.requires_grad_() for x in make_inputs((2, 4, N, 16), key_heads=2, generator=generator))
+    gains = torch.linspace(-1, 2, 8, requires_grad=True)
+    mask = None if is_causal else (torch.rand(2, 4, 2 * N, generator=generator) > 0.3)[:, :, None, ::2]
+    options = {"attn_mask": mask, "is_causal": is_causal, "dropout_p": 0.3, "enable_gqa": True}
+    kept = dropped_matrix(call, q.detach(), k.detach(), **options) != 0
+    A = attention_matrix(q.double(), k.double(), mask, is_causal, enable_gqa=True)
+    dropped = A * kept / 0.7
+    expected = dropped @ v.double().repeat_interleave(2, 1)
+    leaves = [q, k, v]
+    if order == 2:
+        g = gains[::2].double().view(4, 1, 1)
+        expected = (1 + g) * expected - g * dropped @ expected
+        leaves.append(gains)
+    output = seeded(call, q, k, v, order=order, **options, **({"gain": gains[::2]} if order == 2 else {}))
+    assert relative_rms(output, expected) < 1e-6
+    upstream = torch.randn(output.shape, generator=generator)
+    found = torch.autograd.grad(output, leaves, upstream)
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, leaves, upstream.double()), strict=True):
         assert relative_rms(gradient, wanted) < 2e-6
 
 
