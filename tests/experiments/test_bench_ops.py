@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from twicing.experiments.bench import ops, plot
+from twicing.experiments.bench import cases, ops, plot
 from twicing.experiments.bench.cases import PASSES
 from twicing.experiments.bench.contenders import Contender, all_contenders
 from twicing.experiments.bench.options import OpsOptions
@@ -16,6 +16,7 @@ from twicing.experiments.bench.rich_screen import RichScreen
 from twicing.experiments.bench.rows import MEASURED, read_rows
 from twicing.experiments.bench.screen import PlainScreen
 from twicing.experiments.drawing import arm_styles
+from twicing.testing import make_inputs
 
 CPU = torch.device("cpu")
 RECORDS = Path(__file__).parents[2] / "benchmarks/results"
@@ -57,6 +58,28 @@ def test_every_contender_has_a_row_for_each_shape_and_pass(tmp_path, planted, ca
     assert "two SDPA calls" in picture
     assert "peak memory [MB]" in picture
     assert "forgets" not in picture
+
+
+def test_numbers_are_drawn_once_for_all_contenders_and_both_passes(tmp_path, planted, monkeypatch):
+    """Of a large shape drawing takes many seconds, and a GPU's benchmark spent most of its time there."""
+    drawn = []
+
+    def counted(shape, **options):
+        drawn.append(shape)
+        return make_inputs(shape, **options)
+
+    monkeypatch.setattr(cases, "make_inputs", counted)
+    options = OpsOptions(**QUICK | {"shapes": ("1x3x16x8-causal", "1x3x16x8")}, out=tmp_path)
+    assert ops.bench_ops(options, PlainScreen())
+    assert drawn == [(1, 3, 16, 8)]
+
+
+def test_inputs_of_a_case_are_its_own():
+    case = cases.parse_case("1x2x5x8", torch.float32, CPU)
+    for make in (case.inputs, lambda: (case.upstream(),)):
+        spoilt = [tensor.zero_() for tensor in make()]
+        assert all(not torch.equal(one, other) for one, other in zip(make(), spoilt, strict=True))
+    assert all(tensor.requires_grad and tensor.is_leaf for tensor in case.inputs(needs_grad=True))
 
 
 def test_the_plot_shows_every_contender_by_a_mark_of_its_own_and_ours_in_full_colours(tmp_path, monkeypatch):

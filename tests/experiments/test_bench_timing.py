@@ -40,3 +40,26 @@ def test_a_slow_contender_stops_at_its_time_and_the_others_go_on():
 def test_three_samples_are_taken_however_little_time_there_is():
     found = interleaved({"slow": lambda: time.sleep(0.01)}, CPU, repeats=1, seconds=0.001)
     assert found["slow"].samples == LEAST_SAMPLES
+
+
+def test_on_a_gpu_each_call_has_a_head_start_of_its_own(monkeypatch):
+    """The queue of a GPU, as far as it can be told without one: what was put into it, in which order."""
+    queue = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            queue.append("event")
+
+        def elapsed_time(self, end):
+            return 2.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: queue.append("sleep"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: queue.append("wait"))
+    calls = {name: lambda name=name: queue.append(name) for name in ("one", "two")}
+    found = interleaved(calls, torch.device("cuda"), repeats=3, seconds=10.0)
+    assert queue[-9:] == ["sleep", "event", "one", "event", "sleep", "event", "two", "event", "wait"]
+    assert (found["one"].median, found["two"].samples) == (2.0, 3)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -42,15 +43,27 @@ class Case:
         return "x".join(map(str, self.shape)) + ("-causal" if self.is_causal else "")
 
     def inputs(self, *, needs_grad: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Normal query, key and value, the same numbers every time."""
-        generator = torch.Generator().manual_seed(0)
-        query, key, value = make_inputs(self.shape, generator=generator, dtype=self.dtype, device=self.device)
+        """Normal query, key and value of its own, the same numbers every time."""
+        query, key, value = (tensor.clone() for tensor in _drawn_inputs(self.shape, self.dtype, self.device))
         return query.requires_grad_(needs_grad), key.requires_grad_(needs_grad), value.requires_grad_(needs_grad)
 
     def upstream(self) -> Tensor:
         """The gradient of the output, normal and dense."""
-        generator = torch.Generator().manual_seed(1)
-        return torch.randn(self.shape, generator=generator).to(self.device, self.dtype)
+        return _drawn_upstream(self.shape, self.dtype, self.device).clone()
+
+
+# Numbers are drawn by the CPU, for large shapes in many seconds: once for all contenders and passes, and for the causal
+# case beside the other.
+@lru_cache(maxsize=1)
+def _drawn_inputs(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    return make_inputs(shape, generator=torch.Generator().manual_seed(0), dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=1)
+def _drawn_upstream(shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
 
 
 def parse_case(text: str, dtype: torch.dtype, device: torch.device) -> Case:

@@ -17,8 +17,8 @@ LEAST_SAMPLES = 3
 WARM_UP_CALLS = 3
 # Of its time, what a contender may spend on warming up.
 WARM_UP_SHARE = 0.1
-# About half a millisecond, in which the CPU fills the queue of the GPU.
-HEAD_START_CYCLES = 1_000_000
+# About a millisecond, in which the CPU puts all kernels of a call into the queue of the GPU.
+HEAD_START_CYCLES = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,13 @@ def _cpu_round(calls: list[Call]) -> list[float]:
 
 
 def _gpu_round(calls: list[Call]) -> list[float]:
-    """By events in the queue; the GPU is kept busy first, so that it never waits for the CPU to launch a kernel."""
+    """By events in the queue. Before each call the GPU is kept busy, so that in none it waits for the CPU.
+
+    One head start for a whole round would be used up by its first calls: small kernels run faster than they start.
+    """
     events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in calls]
-    torch.cuda._sleep(HEAD_START_CYCLES)
     for call, (start, end) in zip(calls, events, strict=True):
+        torch.cuda._sleep(HEAD_START_CYCLES)
         start.record()
         result = call()
         end.record()
