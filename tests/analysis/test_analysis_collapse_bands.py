@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from twicing.analysis.collapse_bands import RESAMPLES, band, resamples
+from twicing.analysis.collapse_bands import ENOUGH_INPUTS, RESAMPLES, band, resamples
 
 
 def test_resamples_weigh_inputs_and_follow_the_seed():
@@ -23,6 +23,13 @@ def test_a_band_holds_the_truth_about_as_often_as_it_says():
         hits += int(one.low <= 2.0 <= one.high)
     # 95 % in the limit; at 40 skewed inputs the percentile bootstrap is known to fall a little short.
     assert 0.88 < hits / trials < 0.97
+
+
+@pytest.mark.parametrize(("inputs", "held"), [(2, 0.5), (5, 0.83), (ENOUGH_INPUTS, 0.91), (32, 0.94)])
+def test_bands_of_few_inputs_hold_it_less_often(inputs, held):
+    # 1,000 means at once, of inputs of their own.
+    one = band(np.random.default_rng(0).normal(size=(inputs, 1000)), resamples(inputs, 0))
+    assert np.mean((one.low <= 0.0) & (one.high >= 0.0)) == pytest.approx(held, abs=0.03)
 
 
 def test_it_is_as_wide_as_the_standard_error_says():

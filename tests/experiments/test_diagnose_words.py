@@ -18,17 +18,17 @@ from twicing.experiments.diagnose.words import HEADLINES, IN_TABLES, headline, r
 INPUTS = 10
 
 
-def made_up(rank, share=0.9, cosine=0.2):
+def made_up(rank, share=0.9, cosine=0.2, inputs=INPUTS):
     """A model of as many blocks as ranks are given; the inputs do not differ, so that bands have no width."""
-    values = {key: torch.full((INPUTS, len(rank)), 0.5, dtype=torch.float64) for key in CURVES}
-    values[BLOCK_OUTPUT, RANK] = torch.tensor(rank, dtype=torch.float64).expand(INPUTS, -1)
+    values = {key: torch.full((inputs, len(rank)), 0.5, dtype=torch.float64) for key in CURVES}
+    values[BLOCK_OUTPUT, RANK] = torch.tensor(rank, dtype=torch.float64).expand(inputs, -1)
     values[BLOCK_OUTPUT, SHARE].fill_(share)
     values[BLOCK_OUTPUT, COSINE].fill_(cosine)
     return Collapse(values, tokens=17, width=64)
 
 
 def diagnosis(model, *draws):
-    weights = resamples(INPUTS, 0)
+    weights = resamples(len(model.values[BLOCK_OUTPUT, RANK]), 0)
     return Diagnosis(None, None, model, draws, weights, judge(model, draws, weights))
 
 
@@ -68,6 +68,14 @@ def test_a_rank_that_grows_to_the_end_and_an_open_rule():
         "Open, as the band holds the threshold: the mean token has more than half of the energy."
     )
     assert reasons(found)[1].endswith("(effective rank): no block has more.")
+
+
+def test_bands_of_few_inputs_are_called_too_narrow():
+    few, enough = (diagnosis(*[made_up((9.0, 9.0), inputs=inputs)] * 2) for inputs in (9, 10))
+    assert reasons(few) == [
+        *reasons(enough),
+        "Bands of only 9 inputs are too narrow for 95 %, and of two hold the mean half of the time: give 10 or more.",
+    ]
 
 
 def test_every_kind_has_its_words():

@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 RESAMPLES = 2000
 # Between them lie 95 %.
 ENDS = (0.025, 0.975)
+# Of normal numbers, a band of 2 inputs holds the mean in half of the cases, one of 5 in 83 %, of 10 in 91 %, of 32 in
+# 94 %. A band of fewer than these is to be called too narrow.
+ENOUGH_INPUTS = 10
 
 Numbers = NDArray[np.float64]
 Statistic = Callable[[Numbers], Numbers]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from twicing.adapters.crossing import layers_in_words
 from twicing.analysis.capture import BLOCK_OUTPUT
 from twicing.analysis.collapse import COSINE, RANK, SHARE
-from twicing.analysis.collapse_bands import Band
+from twicing.analysis.collapse_bands import ENOUGH_INPUTS, Band
 from twicing.analysis.collapse_verdict import (
     COLLAPSES,
     LEAST_RANK,
@@ -75,6 +75,7 @@ def reasons(diagnosis: Diagnosis) -> list[str]:
         f"{with_band(_last(diagnosis, MODEL, COSINE))}, which by itself decides nothing.",
         _against(diagnosis),
         *_of_layers(diagnosis),
+        *_of_bands(len(diagnosis.weights[0])),
     ]
 
 
@@ -128,3 +129,12 @@ def _of_layers(diagnosis: Diagnosis) -> list[str]:
 def _last(diagnosis: Diagnosis, which: str, metric: str) -> Band:
     curve = diagnosis.curve(which, (BLOCK_OUTPUT, metric))
     return Band(curve.value[-1], curve.low[-1], curve.high[-1])
+
+
+def _of_bands(inputs: int) -> list[str]:
+    if inputs >= ENOUGH_INPUTS:
+        return []
+    return [
+        f"Bands of only {inputs} inputs are too narrow for 95 %, and of two hold the mean half of the time: give "
+        f"{ENOUGH_INPUTS} or more."
+    ]
