@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from twicing.experiments.bench.cases import FORWARD, PASSES, TRAINING, parse_case
 from twicing.experiments.bench.contenders import all_contenders
-from twicing.experiments.bench.floor import TRAINING_FLOOR, forward_floor, product_of
+from twicing.experiments.bench.floor import forward_floor, product_of, training_floor
 from twicing.experiments.bench.memory import _CLEAR, Measurement, peak_growth
 
 CPU = torch.device("cpu")
@@ -16,9 +16,12 @@ CONTENDERS = all_contenders(CPU)
 
 
 def test_floors():
-    assert pytest.approx(10 / 7) == TRAINING_FLOOR
-    # The products of the arithmetic: standard attention 2 units, one more product 1.
+    # The products of the arithmetic: standard attention 2 units and 5, one more product 1.
     assert forward_floor(2.0, 1.0) == 1.5
+    assert training_floor(7.0, 1.0) == pytest.approx(10 / 7)
+    # Two more backward than forward; a fast product does not lower what the arithmetic says.
+    assert training_floor(6.0, 1.0) == 1.5
+    assert training_floor(7.0, 0.5) == pytest.approx(10 / 7)
 
 
 @pytest.mark.parametrize(

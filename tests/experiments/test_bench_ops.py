@@ -50,7 +50,7 @@ def test_every_contender_has_a_row_for_each_shape_and_pass(tmp_path, planted, ca
         assert row.ratio == pytest.approx(row.median_ms / sdpa.median_ms, rel=1e-4)
         assert (row.share_of_floor is None) == (row.order == 1)
         assert row.share_of_floor is None or row.share_of_floor == pytest.approx(row.floor / row.ratio, rel=1e-4)
-        assert row.floor == pytest.approx(10 / 7, rel=1e-4) if row.passes == PASSES[1] else row.floor > 1
+        assert row.floor >= 10 / 7 - 1e-4 if row.passes == PASSES[1] else row.floor > 1
     printed = capsys.readouterr().out
     assert "| two SDPA calls |" in printed
     assert "* forgets: wrong: output without a graph off by" in printed

@@ -7,7 +7,7 @@ import torch
 
 from twicing.experiments.bench.cases import FORWARD, PASSES, Case, parse_case, parse_device, parse_dtype
 from twicing.experiments.bench.contenders import Contender, chosen_contenders
-from twicing.experiments.bench.floor import TRAINING_FLOOR, forward_floor, product_of
+from twicing.experiments.bench.floor import forward_floor, product_of, training_floor
 from twicing.experiments.bench.gate import Gate, refuse_uncheckable
 from twicing.experiments.bench.memory import Measurement, one_call, peak_growth
 from twicing.experiments.bench.options import OpsOptions
@@ -71,11 +71,10 @@ def _measured(
 def _times(
     case: Case, passes: str, contenders: dict[str, Contender], status: dict[str, str], options: OpsOptions
 ) -> dict[str, Spread]:
-    """The times of those whose status is good, and of the product that the floor of a forward is made of."""
+    """The times of those whose status is good, and of the product that the floor is made of."""
     sound = {name: contender for name, contender in contenders.items() if status[name] == MEASURED}
     calls = {name: one_call(contender, case, passes) for name, contender in sound.items()}
-    if passes == FORWARD:
-        calls[_PRODUCT] = product_of(case)
+    calls[_PRODUCT] = product_of(case)
     return interleaved(calls, case.device, repeats=options.repeats, seconds=options.seconds)
 
 
@@ -90,9 +89,10 @@ def _rows(
     baselines = [spreads[name].median for name, one in contenders.items() if one.is_baseline and name in spreads]
     # The fastest SDPA call; without a sound one there is nothing to hold the others against.
     sdpa = min(baselines) if baselines else None
-    floor = None if sdpa is None else TRAINING_FLOOR
-    if sdpa is not None and passes == FORWARD:
-        floor = forward_floor(sdpa, spreads[_PRODUCT].median)
+    floor = None
+    if sdpa is not None:
+        least = forward_floor if passes == FORWARD else training_floor
+        floor = least(sdpa, spreads[_PRODUCT].median)
     rows: list[Row] = []
     for name, contender in contenders.items():
         time = timed(spreads[name]) if name in spreads else Timed(status[name])
