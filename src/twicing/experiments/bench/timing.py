@@ -3,6 +3,7 @@
 Ratios of medians of one such run are what is reported; milliseconds alone do not travel between machines.
 """
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -41,20 +42,18 @@ def spread(times: list[float]) -> Spread:
 def interleaved(calls: Mapping[str, Call], device: torch.device, *, repeats: int, seconds: float) -> dict[str, Spread]:
     """Time each call `repeats` times or for `seconds`, whichever is less, but at least three times.
 
-    Every round begins with another contender, so that none always follows the same one. What a call returns is dropped
-    outside its time.
+    The order of every round is drawn, the same in every run: a call finds little in the caches after one with a large
+    matrix, and none is to come after it always. What a call returns is dropped outside its time.
     """
     one_round = _gpu_round if device.type == "cuda" else _cpu_round
     for call in calls.values():
         _warm_up(call, device, seconds * WARM_UP_SHARE)
     times: dict[str, list[float]] = {name: [] for name in calls}
-    started = 0
+    draw = random.Random(0)
     while waiting := [name for name in calls if _wants_more(times[name], repeats, seconds)]:
-        first = started % len(waiting)
-        order = waiting[first:] + waiting[:first]
+        order = draw.sample(waiting, len(waiting))
         for name, elapsed in zip(order, one_round([calls[name] for name in order]), strict=True):
             times[name].append(elapsed)
-        started += 1
     return {name: spread(measured) for name, measured in times.items()}
 
 
