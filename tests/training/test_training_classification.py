@@ -219,6 +219,15 @@ def test_a_checkpoint_of_other_bytes_is_damaged(content, tmp_path):
         read_checkpoint(path)
 
 
+def test_a_checkpoint_that_memory_does_not_hold_is_not_called_damaged(tmp_path, monkeypatch):
+    def too_large(*_args, **_options):
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", too_large)
+    with pytest.raises(MemoryError):
+        read_checkpoint(tmp_path / "last.ckpt")
+
+
 def test_a_damaged_checkpoint_says_what_to_delete(recipe, split, tmp_path):
     recipe = apply_settings(recipe, ["epochs=1"])
     trained(recipe, split, 0, tmp_path)

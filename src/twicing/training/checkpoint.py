@@ -50,7 +50,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         checkpoint: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError:
         raise ValueError(f"{path} is missing: delete training.json beside it and run the same command again.") from None
-    except PermissionError:
+    except (PermissionError, MemoryError):
+        # The file may be whole.
         raise
     # Of other bytes the unpickler may make anything: struct.error, IndexError, KeyError, UnicodeDecodeError, ...
     except Exception as error:
